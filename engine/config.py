@@ -1,0 +1,148 @@
+"""EngineConfig: every setting of the engine, its default and its check, and the command-line flags made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from absl import flags
+
+from engine.pages import PAGE_SIZES, default_page_size
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _setting(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None, kind: type = str) -> Any:
+    metadata = {"help": help, "choices": choices, "low": low, "kind": kind}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings under vLLM's names. None means: from the model or the device (`resolve`). Errors: ValueError."""
+
+    model: str = _setting("", "A GGUF file, or a Hugging Face folder with safetensors.")
+    tokenizer: str | None = _setting(None, "Where the tokenizer is, if not with the model.")
+    load_format: str = _setting("auto", "'dummy' draws random weights of the model's shape.", choices=("auto", "dummy"))
+    dtype: str = _setting("auto", "Of weights and activations; auto: float32 on CPU, else bfloat16.", choices=DTYPES)
+    kv_cache_dtype: str = _setting("auto", "Of the KV cache; auto: as dtype.", choices=DTYPES)
+    quantization: str | None = _setting(None, "Weight quantisation; none is supported yet.")
+    max_model_len: int | None = _setting(None, "Longest sequence, in tokens; default: the model's.", low=1, kind=int)
+    max_num_seqs: int | None = _setting(None, "Most sequences in a step; default: 32 on CPU, else 256.", low=1, kind=int)
+    max_num_batched_tokens: int | None = _setting(
+        None, "Most tokens in a step; default: 512 on CPU, else 8192.", low=1, kind=int
+    )
+    gpu_memory_utilization: float = _setting(
+        0.9, "Share of the device's memory for weights, temporaries and KV cache.", low=0.0, kind=float
+    )
+    kv_cache_memory_bytes: int | None = _setting(
+        None, "Memory of the KV cache instead of what gpu_memory_utilization leaves; default on CPU: 10 % of RAM.",
+        low=1, kind=int,
+    )  # fmt: skip
+    block_size: int | None = _setting(None, f"Tokens in a page, one of {PAGE_SIZES}; default by rule.", kind=int)
+    num_gpu_blocks_override: int | None = _setting(None, "Number of KV-cache pages, instead of computing it.", low=1, kind=int)
+    enable_prefix_caching: bool = _setting(True, "Share KV-cache pages between requests with a common prefix.", kind=bool)
+    scheduling_policy: str = _setting("fcfs", "Who runs first.", choices=("fcfs", "priority"))
+    tensor_parallel_size: int = _setting(1, "Devices that share each layer; 1 is supported so far.", low=1, kind=int)
+    pipeline_parallel_size: int = _setting(1, "Stages of layers; 1 is supported so far.", low=1, kind=int)
+    data_parallel_size: int = _setting(1, "Replicas of the engine; 1 is supported so far.", low=1, kind=int)
+    attention_backend: str = _setting("auto", "A name of kernels.attention.BACKENDS.")
+    speculative_config: dict[str, Any] | None = None
+    chat_template: str | None = _setting(None, "A Jinja chat template instead of the model's.")
+    compilation_cache_dir: str | None = _setting(None, "JAX's persistent cache; default: in the user's cache folder.")
+    seed: int = _setting(0, "Draws the seeds of requests that name none, and dummy weights.", kind=int)
+
+    def __post_init__(self):
+        for setting in SETTINGS:
+            value, meta = getattr(self, setting.name), setting.metadata
+            if value is None and setting.default is None:
+                continue
+            number = meta["kind"] in (int, float)
+            if isinstance(value, bool) != (meta["kind"] is bool) or not isinstance(
+                value, (int, float) if meta["kind"] is float else meta["kind"]
+            ):
+                raise ValueError(f"{setting.name}: must be of type {meta['kind'].__name__}, got {value!r}")
+            if meta["choices"] and value not in meta["choices"]:
+                raise ValueError(f"{setting.name}: must be one of {meta['choices']}, got {value!r}")
+            if number and meta["low"] is not None and not value >= meta["low"]:
+                raise ValueError(f"{setting.name}: must be at least {meta['low']}, got {value}")
+        if not self.model:
+            raise ValueError("model: name a GGUF file or a Hugging Face folder")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
+        if self.block_size is not None and self.block_size not in PAGE_SIZES:
+            raise ValueError(f"block_size: must be one of {PAGE_SIZES}, got {self.block_size}")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name}: only 1 is supported so far, got {getattr(self, name)}")
+        for name in ("quantization", "speculative_config"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: not supported yet, got {getattr(self, name)!r}; leave it out")
+
+    def resolve(self, *, model_max_len: int, platform: str) -> ResolvedConfig:
+        """-> the settings with every default filled in for a model and a platform ("cpu", "gpu", "tpu")."""
+        cpu = platform == "cpu"
+        max_model_len = self.max_model_len or model_max_len
+        if max_model_len > model_max_len:
+            raise ValueError(f"max_model_len: {max_model_len} is more than the model's {model_max_len}")
+        batched = self.max_num_batched_tokens or max(512 if cpu else 8192, self.max_num_seqs or 0)
+        seqs = self.max_num_seqs or min(32 if cpu else 256, batched)
+        if batched < seqs:
+            raise ValueError(
+                f"max_num_batched_tokens: {batched} is less than max_num_seqs {seqs}; every sequence needs a token a step"
+            )
+        dtype = ("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype
+        return ResolvedConfig(
+            dtype=dtype,
+            kv_cache_dtype=dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=batched,
+            page_size=self.block_size or (16 if platform == "gpu" else default_page_size(max_model_len)),
+        )
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """The settings whose defaults depend on the model or the device."""
+
+    dtype: str
+    kv_cache_dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+
+
+SETTINGS = tuple(f for f in dataclasses.fields(EngineConfig) if f.metadata)
+
+
+def make_config(**settings: Any) -> EngineConfig:
+    """-> EngineConfig. Errors: ValueError, also for a setting that does not exist."""
+    known = {f.name for f in dataclasses.fields(EngineConfig)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: not supported; the settings are {', '.join(sorted(known))}")
+    return EngineConfig(**settings)
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define one flag for each setting."""
+    for s in SETTINGS:
+        text, kind = s.metadata["help"], s.metadata["kind"]
+        if s.metadata["choices"]:
+            flags.DEFINE_enum(s.name, s.default, list(s.metadata["choices"]), text, flag_values=values)
+        elif kind is bool:
+            flags.DEFINE_boolean(s.name, s.default, text, flag_values=values)
+        elif kind is int:
+            flags.DEFINE_integer(s.name, s.default, text, flag_values=values)
+        elif kind is float:
+            flags.DEFINE_float(s.name, s.default, text, flag_values=values)
+        else:
+            flags.DEFINE_string(s.name, s.default, text, flag_values=values)
+
+
+def config_from_flags(values: flags.FlagValues = flags.FLAGS) -> EngineConfig:
+    """-> EngineConfig from parsed flags. Errors: ValueError."""
+    return EngineConfig(**{s.name: values[s.name].value for s in SETTINGS})

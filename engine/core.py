@@ -1,0 +1,308 @@
+"""EngineCore: requests in, updates out. Drives scheduler and runner so that the device always has a step to do."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.config import EngineConfig, ResolvedConfig
+from engine.detokenizer import Detokenizer
+from engine.models.config import ModelConfig
+from engine.pages import PagePool
+from engine.request import (
+    MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, CompletionOutput, Group, Logprob, Logprobs, Request, RequestError,
+    RequestMetrics, SamplingParams, Update,
+)  # fmt: skip
+from engine.runner import Launched, Runner
+from engine.sampler import check_request
+from engine.scheduler import Row, Scheduler
+from engine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The engine's gauges and counters. kv_cache_usage is a share, 0 to 1; prefix cache figures are in tokens."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    last_iteration_tokens: int
+
+
+class EngineCore:
+    """The engine without a surface. `prepare` may be called from any thread; everything else from one.
+
+    `tokenizer` may be None: then prompts are token ids, and no text comes back.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        resolved: ResolvedConfig,
+        model_config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        runner: Runner,
+    ):
+        self.config, self.resolved, self.model_config = config, resolved, model_config
+        self.tokenizer, self.runner = tokenizer, runner
+        self.scheduler = Scheduler(
+            PagePool(runner.num_pages, resolved.page_size, config.enable_prefix_caching),
+            max_num_seqs=resolved.max_num_seqs,
+            max_num_batched_tokens=resolved.max_num_batched_tokens,
+            max_model_len=resolved.max_model_len,
+            policy=config.scheduling_policy,
+        )
+        self._random = random.Random(config.seed)
+        self._groups: dict[str, Group] = {}
+        self._detokenizers: dict[Request, Detokenizer] = {}
+        self._in_flight: Launched | None = None
+        self._prompt_tokens = self._generation_tokens = self._last_iteration_tokens = 0
+
+    # Requests
+
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> Group:
+        """-> the request, tokenized and checked. Errors: RequestError that names the field."""
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+            if unknown or not {"prompt", "prompt_token_ids"} & set(prompt):
+                raise RequestError(
+                    "prompt", f"a dictionary holds prompt or prompt_token_ids, and cache_salt; got {sorted(prompt)}"
+                )
+            cache_salt = prompt.get("cache_salt", cache_salt)
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        else:
+            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        if ids is None:
+            if not isinstance(text, str) or not text:
+                raise RequestError("prompt", f"must be non-empty text or token ids, got {text!r:.80}")
+            ids = self._need_tokenizer("prompt").encode(text)
+        token_ids = self._checked_ids(ids)
+        limit = self.resolved.max_model_len
+        if len(token_ids) >= limit:
+            raise RequestError(
+                "prompt", f"{len(token_ids)} tokens leave no room to answer: max_model_len is {limit} tokens"
+            )
+        if params.detokenize and self.tokenizer is None:
+            params = params.replace(detokenize=False, stop=None)
+        group = Group(request_id, text, token_ids, params, RequestMetrics(time.time()), priority, cache_salt)
+        seed = self._random.getrandbits(64) if params.seed is None else params.seed
+        eos = self.tokenizer.eos_token_ids if self.tokenizer and not params.ignore_eos else ()
+        bad_words = self._bad_words(params)
+        for index in range(params.n):
+            request = Request(
+                group, index, params, list(token_ids), len(token_ids),
+                max_tokens=min(params.max_tokens or limit, limit - len(token_ids)),
+                seed=(seed + index) % 2**64, eos_token_ids=eos,
+                stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids or ()), bad_words=bad_words,
+            )  # fmt: skip
+            group.requests.append(request)
+            group.completions.append(CompletionOutput(index, logprobs=None if params.logprobs is None else []))
+        if params.logprobs is not None:
+            for completion in group.completions:
+                completion.cumulative_logprob = 0.0
+        if params.prompt_logprobs is not None:
+            group.prompt_logprobs = [None]
+        check_request(group.requests[0], self.model_config.vocab_size)
+        for token in params.stop_token_ids or ():
+            if token >= self.model_config.vocab_size:
+                raise RequestError("stop_token_ids", f"{token} is not below vocab_size {self.model_config.vocab_size}")
+        return group
+
+    def add(self, group: Group) -> None:
+        """Queue a prepared request. Errors: RequestError if it can never run, or its id is in use."""
+        if group.request_id in self._groups:
+            raise RequestError("request_id", f"{group.request_id!r} is in use")
+        for request in group.requests:
+            self.scheduler.add(request)
+            if self.tokenizer is not None and group.params.detokenize:
+                self._detokenizers[request] = Detokenizer(self.tokenizer, group.prompt_token_ids, group.params)
+        self._groups[group.request_id] = group
+        self._prompt_tokens += len(group.prompt_token_ids)
+
+    def abort(self, request_id: str) -> None:
+        """End a request at once and free its pages; unknown ids are ignored."""
+        group = self._groups.pop(request_id, None)
+        if group is None:
+            return
+        for request, completion in zip(group.requests, group.completions, strict=True):
+            self.scheduler.finish(request, "abort")
+            self._detokenizers.pop(request, None)
+            completion.finish_reason = completion.finish_reason or "abort"
+        group.metrics.finished_time = time.time()
+
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished()
+
+    # Steps
+
+    def step(self) -> list[Update]:
+        """Launch the next step, then read the one before. -> what that one added."""
+        plan = self.scheduler.plan()
+        launched = None
+        if plan.rows:
+            now = time.time()
+            for request in plan.admitted:
+                request.group.metrics.first_scheduled_time = request.group.metrics.first_scheduled_time or now
+            launched = self.runner.launch(plan)
+            self._last_iteration_tokens = plan.num_tokens
+        previous, self._in_flight = self._in_flight, launched
+        return self._commit(previous) if previous else []
+
+    def _commit(self, launched: Launched) -> list[Update]:
+        tokens = self.runner.collect(launched).tolist()
+        plan = launched.plan
+        if any(row.request.params.prompt_logprobs is not None for row in plan.rows):
+            self._take_prompt_logprobs(launched)
+        index_of = {id(row): i for i, row in enumerate(plan.rows)} if _wants_logprobs(plan.rows) else {}
+        candidates = _Candidates(launched.output.sampled) if index_of else None
+        now = time.time()
+        updates = []
+        for row, token in self.scheduler.commit(plan, tokens):
+            logprobs = None
+            if candidates is not None and row.request.params.logprobs is not None and token >= 0:
+                logprobs = self._logprobs(candidates, index_of[id(row)], token, row.request.params.logprobs)
+            updates.append(self._update(row.request, token, logprobs, now))
+        return updates
+
+    def _update(self, request: Request, token: int, logprobs: Logprobs | None, now: float) -> Update:
+        """Append one token to its completion. -> what changed."""
+        group, params = request.group, request.params
+        completion = group.completions[request.index]
+        update = Update(group, request.index, finish_reason=request.finish_reason)
+        if request.finish_reason == "error":
+            group.error = "the model's logits were not finite"
+        else:
+            self._generation_tokens += 1
+            if group.metrics.first_token_time is None:
+                group.metrics.first_token_time = now
+            update.token_ids.append(token)
+            completion.token_ids.append(token)
+            if logprobs is not None:
+                update.logprobs = [logprobs]
+                completion.logprobs.append(logprobs)  # type: ignore[union-attr]
+                completion.cumulative_logprob += logprobs[token].logprob  # type: ignore[operator]
+            if request.finish_reason == "stop" and token not in request.eos_token_ids:
+                update.stop_reason = token
+            detokenizer = self._detokenizers.get(request)
+            if detokenizer is not None:
+                hidden = request.finish_reason == "stop" and not params.include_stop_str_in_output
+                stop = None
+                if not hidden:
+                    update.text, stop = detokenizer.append((token,))
+                if stop is not None:
+                    self.scheduler.finish(request, "stop")
+                    request.finish_reason = update.finish_reason = "stop"
+                    update.stop_reason = stop
+                elif request.finish_reason is not None:
+                    update.text += detokenizer.flush()
+                completion.text += update.text
+        if update.finish_reason is not None:
+            completion.finish_reason, completion.stop_reason = update.finish_reason, update.stop_reason
+            self._detokenizers.pop(request, None)
+            if group.finished():
+                group.metrics.finished_time = now
+                self._groups.pop(group.request_id, None)
+        return update
+
+    # Log-probabilities
+
+    def _logprobs(self, source: _Candidates, row: int, token: int, count: int) -> Logprobs:
+        """-> the token's own entry, then the `count` most likely."""
+        entry = {token: self._logprob(token, source.logprob[row], source.rank[row])}
+        for rank in range(count):
+            candidate = source.top_ids[row, rank].item()
+            entry.setdefault(candidate, self._logprob(candidate, source.top_logprobs[row, rank], rank + 1))
+        return entry
+
+    def _logprob(self, token: int, logprob: Any, rank: Any) -> Logprob:
+        return Logprob(float(logprob), int(rank), self.tokenizer.token_text(token) if self.tokenizer else None)
+
+    def _take_prompt_logprobs(self, launched: Launched) -> None:
+        source = _Candidates(launched.output.prompt)
+        at = 0
+        for row in launched.plan.rows:
+            group, count = row.request.group, row.request.params.prompt_logprobs
+            if count is not None and group.prompt_logprobs is not None:
+                end = min(row.start + row.count, row.request.num_prompt_tokens - 1)
+                for position in range(row.start, end):
+                    token = group.prompt_token_ids[position + 1]
+                    if len(group.prompt_logprobs) == position + 1:  # else known: from a sibling, or before preemption
+                        group.prompt_logprobs.append(self._logprobs(source, at + position - row.start, token, count))
+            at += row.count
+
+    # Details
+
+    def stats(self) -> Stats:
+        s = self.scheduler
+        return Stats(
+            len(s.running), s.num_waiting, s.pool.usage, s.prefix_cache_queries, s.prefix_cache_hits,
+            s.num_preemptions, self._prompt_tokens, self._generation_tokens, self._last_iteration_tokens,
+        )  # fmt: skip
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all prefixes. -> False, with nothing done, while requests hold pages."""
+        return self.scheduler.pool.reset()
+
+    def close(self) -> None:
+        """Wait for the device; the engine is not used after this."""
+        if self._in_flight is not None:
+            self.runner.collect(self._in_flight)
+            self._in_flight = None
+
+    def _need_tokenizer(self, field: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(field, "text needs a tokenizer, and this model was loaded without one")
+        return self.tokenizer
+
+    def _checked_ids(self, ids: Any) -> list[int]:
+        if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)) or not len(ids):
+            raise RequestError("prompt", f"token ids must be a non-empty list of integers, got {ids!r:.80}")
+        for token in ids:
+            if type(token) is not int or not 0 <= token < self.model_config.vocab_size:
+                raise RequestError(
+                    "prompt", f"token ids must be integers in [0, {self.model_config.vocab_size}), got {token!r:.80}"
+                )
+        return list(ids)
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """-> each bad word as tokens, as it reads at a text's start and after a space."""
+        if not params.bad_words:
+            return ()
+        tokenizer = self._need_tokenizer("bad_words")
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            for text in (word, " " + word.lstrip()):
+                ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+                if len(ids) > MAX_BAD_WORD_TOKENS:
+                    raise RequestError("bad_words", f"{word!r:.80} is {len(ids)} tokens, of at most {MAX_BAD_WORD_TOKENS}")
+                if ids:
+                    found[ids] = None
+        if len(found) > MAX_BAD_WORDS:
+            raise RequestError("bad_words", f"{len(found)} token sequences, of at most {MAX_BAD_WORDS}")
+        return tuple(found)
+
+
+class _Candidates:
+    """One step's log-probabilities on the host: [rows], [rows] and [rows, MAX_LOGPROBS] twice."""
+
+    def __init__(self, source: Any):
+        self.logprob, self.rank = np.asarray(source.logprob), np.asarray(source.rank)
+        self.top_ids, self.top_logprobs = np.asarray(source.top_ids), np.asarray(source.top_logprobs)
+
+
+def _wants_logprobs(rows: Sequence[Row]) -> bool:
+    return any(row.samples and row.request.params.logprobs is not None for row in rows)

@@ -1,0 +1,47 @@
+"""`python -m engine.generate "a question"`: stream a chat answer to the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from absl import app, flags
+
+from engine.config import make_config
+from engine.request import SamplingParams
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("model", None, "A GGUF file or a Hugging Face folder; default: SmolLM2-135M-Instruct.")
+flags.DEFINE_string("system", None, "A system message.")
+flags.DEFINE_integer("max_tokens", 512, "Longest answer, in tokens.", lower_bound=1)
+flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0)
+flags.DEFINE_integer("seed", None, "Makes a sampled answer repeatable.")
+flags.DEFINE_integer("max_model_len", 2048, "Longest conversation, in tokens.", lower_bound=1)
+
+
+def main(arguments: list[str]) -> None:
+    started = time.perf_counter()
+    question = " ".join(arguments[1:])
+    if not question:
+        raise app.UsageError("what is the question?")
+    from engine.llm import LLM  # after the flags are checked: it takes a second
+    from engine.weights.default_model import default_model
+
+    model = FLAGS.model or str(default_model())
+    make_config(model=model)
+    messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
+    messages.append({"role": "user", "content": question})
+    llm = LLM(model=model, max_model_len=FLAGS.max_model_len, max_num_seqs=1, max_num_batched_tokens=256)
+    params = SamplingParams(temperature=FLAGS.temperature, max_tokens=FLAGS.max_tokens, seed=FLAGS.seed)
+    first, count = None, 0
+    for update in llm.stream(llm.chat_prompt(messages), params):
+        first = first or time.perf_counter()
+        count += len(update.token_ids)
+        print(update.text, end="", flush=True)
+    assert first is not None
+    rate = (count - 1) / max(time.perf_counter() - first, 1e-9)
+    print(f"\n\n{count} tokens, first after {first - started:.1f} s, then {rate:.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,135 @@
+"""The offline API: `LLM` generates for a list of prompts, in their order. Names and shapes are vLLM's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.config import make_config
+from engine.core import Prompt, Stats
+from engine.request import Group, RequestOutput, SamplingParams, Update
+from engine.startup import start
+from engine.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, ready to generate. Arguments are EngineConfig's settings; an unknown one is a ValueError.
+
+    >>> llm = LLM(model="model.gguf")
+    >>> llm.generate("Hello")[0].outputs[0].text
+    """
+
+    def __init__(self, model: str, **settings: Any):
+        self.core = start(make_config(model=str(model), **settings))
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """-> one output for each prompt, in order. Prompts: text, token ids, {"prompt": …} or {"prompt_token_ids": …}.
+
+        Errors: RequestError (a ValueError) that names the field; then nothing has been queued.
+        """
+        groups = self._prepare(prompts, sampling_params, priority)
+        wanted = sum(group.params.n for group in groups)
+        with tqdm(total=wanted, desc="generating", unit="seq", disable=None if use_tqdm else True) as bar:
+            tokens = 0
+            for update in self._run(groups):
+                tokens += len(update.token_ids)
+                if update.finish_reason is not None:
+                    elapsed = bar.format_dict["elapsed"]
+                    if elapsed:
+                        bar.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)
+                    bar.update()
+        return [group.output() for group in groups]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """-> the answers to one conversation or to a list of them. Errors: as generate."""
+        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.chat_prompt(
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Update]:
+        """-> what each step adds to the answer to one prompt, as it comes. Closing the iterator aborts the request."""
+        return self._run(self._prepare([prompt], sampling_params, None))
+
+    def chat_prompt(self, messages: Sequence[Message], **options: Any) -> dict[str, Any]:
+        """-> a conversation as a prompt for `generate` or `stream`. Options: Tokenizer.apply_chat_template's."""
+        tokenizer = self.get_tokenizer()
+        options["chat_template"] = options.get("chat_template") or self.core.config.chat_template
+        text = tokenizer.apply_chat_template(messages, **options)
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+    def get_tokenizer(self) -> Tokenizer:
+        if self.core.tokenizer is None:
+            raise ValueError("tokenizer: this model was loaded without one")
+        return self.core.tokenizer
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. -> whether it was possible: False while requests run."""
+        return self.core.reset_prefix_cache()
+
+    def get_metrics(self) -> Stats:
+        return self.core.stats()
+
+    def _prepare(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+    ) -> list[Group]:
+        one = isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        batch: Sequence[Any] = [prompts] if one else prompts  # type: ignore[assignment]
+        count = len(batch)
+        each = [params or SamplingParams()] * count if params is None or isinstance(params, SamplingParams) else params
+        for name, values in (("sampling_params", each), ("priority", priority or [0] * count)):
+            if len(values) != count:
+                raise ValueError(f"{name}: {len(values)} for {count} prompts")
+        return [
+            self.core.prepare(str(next(self._ids)), prompt, each[i], priority=priority[i] if priority else 0)
+            for i, prompt in enumerate(batch)
+        ]
+
+    def _run(self, groups: Sequence[Group]) -> Iterator[Update]:
+        """Queue the groups and step until they are done; whatever is left when the caller stops is aborted."""
+        try:
+            for group in groups:
+                self.core.add(group)
+            left = sum(group.params.n for group in groups)
+            while left:
+                for update in self.core.step():
+                    left -= update.finish_reason is not None
+                    yield update
+        finally:
+            for group in groups:
+                if not group.finished():
+                    self.core.abort(group.request_id)

@@ -1,0 +1,75 @@
+"""How many KV-cache pages fit: computed from the device's memory, never tried out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from engine.config import EngineConfig, ResolvedConfig
+
+CPU_SHARE = 0.1  # of RAM, for the KV cache on the CPU, where memory is not ours alone
+RESERVE = 256 << 20  # bytes on an accelerator for what its runtime takes beside our arrays
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, and the pages that they make room for (page 0 included)."""
+
+    weights: int
+    temporaries: int  # the largest step's
+    tables: int  # tokens and sampling wishes by slot
+    page_bytes: int  # one page, over all layers
+    num_pages: int
+    page_size: int
+
+    def describe(self, max_model_len: int) -> list[str]:
+        """-> lines for the start-up report."""
+        tokens = (self.num_pages - 1) * self.page_size
+        kv = self.num_pages * self.page_bytes
+        return [
+            f"memory: weights {_mib(self.weights)}, step temporaries {_mib(self.temporaries)}, "
+            f"slot tables {_mib(self.tables)}, KV cache {_mib(kv)}",
+            f"KV cache: {self.num_pages - 1} pages of {self.page_size} tokens = {tokens} tokens, "
+            f"{tokens / max_model_len:.1f} sequences of {max_model_len}",
+        ]
+
+
+def plan_memory(
+    config: EngineConfig, resolved: ResolvedConfig, device: jax.Device, *,
+    weights: int, temporaries: int, tables: int, page_bytes: int,
+) -> MemoryPlan:  # fmt: skip
+    """-> the plan. Errors: ValueError with the numbers and the setting to change, if not even one sequence fits."""
+    page = resolved.page_size
+    least = -(-resolved.max_model_len // page) + 1
+    most = resolved.max_num_seqs * (least - 1) + 1  # more could never be used at once
+    if config.num_gpu_blocks_override is not None:
+        num_pages, source = config.num_gpu_blocks_override + 1, "num_gpu_blocks_override"
+    else:
+        if config.kv_cache_memory_bytes is not None:
+            room, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+        elif device.platform == "cpu":
+            room, source = int(_ram_bytes() * CPU_SHARE), "kv_cache_memory_bytes (its default is 10 % of RAM)"
+            room = min(room, most * page_bytes)
+        else:
+            total = device.memory_stats()["bytes_limit"]
+            room = int(total * config.gpu_memory_utilization) - weights - temporaries - tables - RESERVE
+            source = f"gpu_memory_utilization {config.gpu_memory_utilization} of {_mib(total)}"
+        num_pages = max(room, 0) // page_bytes
+    plan = MemoryPlan(weights, temporaries, tables, page_bytes, num_pages, page)
+    if num_pages < least:
+        raise ValueError(
+            f"max_model_len: one sequence of {resolved.max_model_len} tokens needs {least} KV-cache pages "
+            f"({_mib(least * page_bytes)}), and there is room for {num_pages} after weights {_mib(weights)} and step "
+            f"temporaries {_mib(temporaries)}; lower max_model_len or raise {source}"
+        )
+    return plan
+
+
+def _ram_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,1 @@
+"""What a model is, and its forward pass: data and pure functions, one transformer for all families."""

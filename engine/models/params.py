@@ -1,0 +1,89 @@
+"""The parameters of a model, declared once: shape and logical axes. From here come loading, random init and sharding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.models.config import ModelConfig
+
+Params = dict[str, Any]  # a tree of arrays, in the shape of param_specs
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, a logical name for each axis, and the inputs that its random values are scaled by."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    fan_in: int = 0  # 0: ones, as norms start
+
+
+def param_specs(config: ModelConfig) -> Params:
+    """-> the tree of ParamSpec. Fused products keep the axis that tensor parallelism splits whole:
+
+    qkv is [hidden, kv_heads, group + 2, head_dim]: for each KV head its query heads, then its key, then its value;
+    gate_up is [hidden, 2, intermediate].
+    """
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    K, G, H = config.num_kv_heads, config.group, config.head_dim
+    layer = {
+        "attn_norm": ParamSpec((D,), (None,)),
+        "qkv": ParamSpec((D, K, G + 2, H), ("embed", "kv_heads", None, None), D),
+        "out": ParamSpec((K, G, H, D), ("kv_heads", None, None, "embed"), K * G * H),
+        "mlp_norm": ParamSpec((D,), (None,)),
+        "gate_up": ParamSpec((D, 2, F), ("embed", None, "mlp"), D),
+        "down": ParamSpec((F, D), ("mlp", "embed"), F),
+    }
+    if config.qkv_bias:
+        layer["qkv_bias"] = ParamSpec((K, G + 2, H), ("kv_heads", None, None), D)
+    if config.qk_norm:
+        layer["q_norm"] = ParamSpec((H,), (None,))
+        layer["k_norm"] = ParamSpec((H,), (None,))
+    specs = {
+        "embed": ParamSpec((V, D), ("vocab", "embed"), D),
+        "layers": [dict(layer) for _ in config.layers],
+        "final_norm": ParamSpec((D,), (None,)),
+    }
+    if not config.tie_embeddings:
+        specs["lm_head"] = ParamSpec((V, D), ("vocab", "embed"), D)
+    return specs
+
+
+def map_specs(function: Callable[[tuple[Any, ...], ParamSpec], Any], specs: Params) -> Params:
+    """-> the tree with function(path, spec) at each leaf; a path is e.g. ("layers", 3, "qkv")."""
+    walk = lambda path, spec: function(tuple(getattr(k, "key", getattr(k, "idx", None)) for k in path), spec)
+    return jax.tree_util.tree_map_with_path(walk, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def num_bytes(params: Params) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def random_params(config: ModelConfig, dtype: str, seed: int) -> Params:
+    """-> parameters of the right shapes drawn from N(0, 1 / fan_in), on the default device; norms are ones."""
+    specs = param_specs(config)
+
+    def draw(spec: ParamSpec, key: jax.Array) -> jax.Array:
+        if not spec.fan_in:
+            return jnp.ones(spec.shape, dtype)
+        return jax.random.normal(key, spec.shape, dtype) * jnp.asarray(1 / math.sqrt(spec.fan_in), dtype)
+
+    draw = jax.jit(draw, static_argnums=0)
+    keys = iter(jax.random.split(jax.random.key(seed), sum(1 for _ in jax.tree.leaves(specs, is_leaf=_is_spec))))
+    return map_specs(lambda path, spec: draw(spec, next(keys)), specs)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, ParamSpec)
+
+
+def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    """-> the array in the engine's dtype, C-contiguous."""
+    return np.ascontiguousarray(array.astype(jnp.dtype(dtype), copy=False))

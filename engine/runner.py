@@ -1,0 +1,160 @@
+"""Owns what is on the device: compiles every step ahead of time, launches steps without waiting, collects results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from engine.batch import BatchBuilder, StepShape, choose_shape, flat_size, step_shapes
+from engine.config import EngineConfig, ResolvedConfig
+from engine.memory import MemoryPlan, plan_memory
+from engine.models.config import ModelConfig
+from engine.models.params import Params, num_bytes
+from engine.models.transformer import attention_spec
+from engine.request import Request
+from engine.sampler import empty_tables, needs_slot_row, slot_row
+from engine.scheduler import StepPlan
+from engine.step import DeviceState, StepOutput, step, write_slot
+from kernels.attention import choose_backend, copy_pages
+
+COPIES = 8  # page copies in one launch; more take several
+
+
+class Launched(NamedTuple):
+    """A step that the device is computing."""
+
+    plan: StepPlan
+    output: StepOutput
+
+
+class Runner:
+    """The device's side of the engine. `num_traces` counts traces of the step: serving adds none."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        resolved: ResolvedConfig,
+        model: ModelConfig,
+        params: Params,
+        report: Callable[[str], None],
+    ):
+        self.model, self.params, self.num_traces = model, params, 0
+        device = jax.devices()[0]
+        page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
+        specs = [attention_spec(model, i) for i in range(len(model.layers))]
+        self.backend = choose_backend(config.attention_backend, device.platform, set(specs), page, kv_dtype)
+        report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
+
+        pages_per_row = -(-resolved.max_model_len // page)
+        self.shapes = step_shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens, pages_per_row)
+        self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row, page)
+        new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
+
+        def state_spec(num_pages: int) -> DeviceState:
+            caches = [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
+            return DeviceState(caches, jax.eval_shape(new_tables))
+
+        def counted(*arguments: Any) -> Any:
+            self.num_traces += 1
+            return step(*arguments)
+
+        self._step = jax.jit(counted, static_argnums=(0, 1, 2), donate_argnums=4)
+        sizes = partial(
+            plan_memory, config, resolved, device,
+            weights=num_bytes(params),
+            tables=_tree_bytes(state_spec(1).tables),
+            page_bytes=_tree_bytes(state_spec(1).kv_caches),
+        )  # fmt: skip
+        largest = max(self.shapes, key=lambda s: (s.tokens, s.rows))
+        if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
+            num_pages = sizes(temporaries=0).num_pages
+        else:
+            num_pages = sizes(temporaries=_temporaries(self._compile(largest, state_spec(pages_per_row + 1)))).num_pages
+        state = state_spec(num_pages)
+        self.executables = self._compile_all(state, report)
+        self.memory: MemoryPlan = sizes(temporaries=_temporaries(self.executables[largest]))
+        for line in self.memory.describe(resolved.max_model_len):
+            report(line)
+        zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state.kv_caches))
+        self.state = DeviceState(zeros(), jax.jit(new_tables)())
+        self._prepare_slots()
+
+    def _compile(self, shape: StepShape, state: DeviceState) -> Any:
+        flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
+        return self._step.lower(self.model, self.backend, shape, self.params, state, flat).compile()
+
+    def _compile_all(self, state: DeviceState, report: Callable[[str], None]) -> dict[StepShape, Any]:
+        started = time.perf_counter()
+        executables = {}
+        with ThreadPoolExecutor(4) as pool, tqdm(total=len(self.shapes), desc="compiling", disable=None) as bar:
+            for shape, executable in pool.map(lambda s: (s, self._compile(s, state)), self.shapes):
+                executables[shape] = executable
+                bar.update()
+        report(f"compiled {len(self.shapes)} step shapes in {time.perf_counter() - started:.1f} s")
+        return executables
+
+    def _prepare_slots(self) -> None:
+        """Compile the two small functions that run before some steps."""
+        tables, nowhere = self.state.tables, jnp.zeros(COPIES, jnp.int32)
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
+        slot = jax.ShapeDtypeStruct((), jnp.int32)
+        self._write_slot = jax.jit(write_slot, donate_argnums=0).lower(tables, slot, abstract).compile()
+        copy = jax.jit(copy_pages, donate_argnums=0)
+        self._copy_pages = copy.lower(self.state.kv_caches, nowhere, nowhere).compile()
+
+    @property
+    def num_pages(self) -> int:
+        """-> pages of the KV cache, page 0 included."""
+        return self.memory.num_pages
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Start a step. Returns before the device has done it."""
+        shape = choose_shape(self.shapes, plan)
+        for request in plan.admitted:
+            if needs_slot_row(request):
+                self._fill_slot(request)
+        for i in range(0, len(plan.copies), COPIES):
+            pairs = np.zeros((COPIES, 2), np.int32)  # page 0 onto itself where there are fewer
+            pairs[: len(plan.copies) - i] = plan.copies[i : i + COPIES]
+            caches = self._copy_pages(self.state.kv_caches, pairs[:, 0].copy(), pairs[:, 1].copy())
+            self.state = self.state.replace(kv_caches=caches)
+        flat = self.builder.build(plan, shape)
+        self.state, output = self.executables[shape](self.params, self.state, flat)
+        output.sampled.token.copy_to_host_async()
+        return Launched(plan, output)
+
+    def collect(self, launched: Launched) -> np.ndarray:
+        """Wait for a step. -> sampled token ids, one for each of the plan's rows."""
+        return np.asarray(launched.output.sampled.token)[: len(launched.plan.rows)]
+
+    def _fill_slot(self, request: Request) -> None:
+        row = slot_row(request, self.state.tables.tokens.shape[1], self.model.vocab_size)
+        assert request.slot is not None
+        self.state = self.state.replace(tables=self._write_slot(self.state.tables, np.int32(request.slot), row))
+
+
+def enable_compilation_cache(folder: str | None) -> None:
+    """Keep compiled steps in JAX's persistent cache, unless the user has set one up already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        path = Path(folder) if folder else Path.home() / ".cache" / "quire" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _temporaries(executable: Any) -> int:
+    """-> bytes that a step needs beside its inputs and its donated state."""
+    analysis = executable.memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

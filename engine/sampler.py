@@ -1,0 +1,423 @@
+"""From logits to tokens, inside the jitted step: logit edits, penalties, truncation, Gumbel-max, logprobs.
+
+Everything is one executable. What no row of a batch asks for is skipped by `lax.cond` on a scalar, so that a greedy
+batch pays for an argmax and no more. Meanings and order are vLLM's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from engine.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_EDITS, Request, RequestError
+
+# Bits of SamplingInput.flags.
+ACTIVE = 1  # the row samples at all
+USES_EDITS = 2  # its slot has logit edits
+USES_BAD_WORDS = 4  # its slot has bad words
+WANTS_LOGPROBS = 8
+
+FOREVER = 2**31 - 1  # an `edit_until` that never comes
+GREEDY_BELOW = 1e-5  # temperatures below this are greedy
+_COUNT_CHUNK = 1024  # tokens of each sequence that one pass of the penalties counts
+
+
+@struct.dataclass
+class SamplingInput:
+    """How each of R rows samples. Rows without ACTIVE cost nothing, whatever else they hold."""
+
+    temperature: Array  # f32[R]; below GREEDY_BELOW: the most likely token
+    top_k: Array  # i32[R]; 0 or less: off
+    top_p: Array  # f32[R]; 1: off
+    min_p: Array  # f32[R]; 0: off
+    repetition_penalty: Array  # f32[R]; 1: off
+    frequency_penalty: Array  # f32[R]; 0: off
+    presence_penalty: Array  # f32[R]; 0: off
+    seed: Array  # u32[R, 2]
+    position: Array  # i32[R]; index in its sequence of the token to sample
+    prompt_len: Array  # i32[R]
+    slot: Array  # i32[R]; the row of SlotTables, read only if the row has penalties, edits or bad words
+    flags: Array  # i32[R]; ACTIVE | USES_EDITS | USES_BAD_WORDS | WANTS_LOGPROBS
+
+
+@struct.dataclass
+class SlotTables:
+    """What some requests need beside their row of SamplingInput, by slot. `slot_row` makes one slot's part.
+
+    Edits are added to logits, -inf bans. With `edit_allow` a token survives only if some edit that applies names it
+    with a finite value; a ban of the same token still wins for as long as it lasts.
+    """
+
+    tokens: Array  # i32[slots, max_model_len]; prompt and outputs, valid below SamplingInput.position
+    edit_ids: Array  # i32[slots, MAX_LOGIT_EDITS]; the vocabulary's size where unused
+    edit_values: Array  # f32[slots, MAX_LOGIT_EDITS]
+    edit_until: Array  # i32[slots, MAX_LOGIT_EDITS]; the edit applies at positions below
+    edit_allow: Array  # bool[slots]
+    bad_words: Array  # i32[slots, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS]; each right-aligned, -1 on its left
+
+
+@struct.dataclass
+class SampleOutput:
+    """Logprobs are natural logarithms of the raw softmax, before any edit; zeros unless an active row wants them."""
+
+    token: Array  # i32[R]; -1: inactive, or no token can be told (NaN, +inf, nothing finite): fail that request alone
+    logprob: Array  # f32[R], of the token
+    rank: Array  # i32[R]; 1 + how many tokens have a larger raw logprob
+    top_ids: Array  # i32[R, num_logprobs], the most likely first
+    top_logprobs: Array  # f32[R, num_logprobs]
+
+
+# --- the host's side -------------------------------------------------------------------------------------------------
+
+
+def empty_tables(num_slots: int, max_model_len: int, vocab_size: int) -> SlotTables:
+    """-> tables without any wish in them."""
+    return SlotTables(
+        tokens=jnp.zeros((num_slots, max_model_len), jnp.int32),
+        edit_ids=jnp.full((num_slots, MAX_LOGIT_EDITS), vocab_size, jnp.int32),
+        edit_values=jnp.zeros((num_slots, MAX_LOGIT_EDITS), jnp.float32),
+        edit_until=jnp.zeros((num_slots, MAX_LOGIT_EDITS), jnp.int32),
+        edit_allow=jnp.zeros((num_slots,), bool),
+        bad_words=jnp.full((num_slots, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, jnp.int32),
+    )
+
+
+def request_flags(request: Request) -> int:
+    """-> SamplingInput.flags for a row of this request that samples."""
+    params = request.params
+    held_back = params.min_tokens > 0 and request.stop_token_ids
+    flags = ACTIVE
+    flags |= USES_EDITS if held_back or params.logit_bias or params.allowed_token_ids else 0
+    flags |= USES_BAD_WORDS if request.bad_words else 0
+    flags |= WANTS_LOGPROBS if params.logprobs is not None else 0
+    return flags
+
+
+def needs_slot_row(request: Request) -> bool:
+    """-> whether sampling this request reads SlotTables, which then must hold its `slot_row` and its tokens."""
+    params = request.params
+    penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+    return penalties != (1, 0, 0) or bool(request_flags(request) & (USES_EDITS | USES_BAD_WORDS))
+
+
+def check_request(request: Request, vocab_size: int) -> None:
+    """Raises RequestError if the request names tokens outside the vocabulary, has more edits or bad words than a
+    slot holds, or allows no token that it doesn't also ban."""
+    edits, words = _logit_edits(request, vocab_size), _bad_words(request, vocab_size)
+    banned = {token for token, value, _ in edits if value == -math.inf} | {word[0] for word in words if len(word) == 1}
+    if (allowed := request.params.allowed_token_ids) and banned.issuperset(allowed):
+        raise RequestError("allowed_token_ids", "bad_words or min_tokens ban every one of them; allow another token")
+
+
+def slot_row(request: Request, max_model_len: int, vocab_size: int) -> SlotTables:
+    """-> the request's part of SlotTables, as numpy arrays without the leading slots axis.
+
+    allowed_token_ids and logit_bias become one edit for each allowed token (a bias on any other has no effect), or
+    one for each bias; min_tokens bans the tokens that end the sequence until so many were sampled. Errors: those of
+    `check_request`.
+    """
+    check_request(request, vocab_size)
+    assert len(request.token_ids) <= max_model_len
+    tokens = np.zeros(max_model_len, np.int32)
+    tokens[: len(request.token_ids)] = request.token_ids
+
+    edit_ids = np.full(MAX_LOGIT_EDITS, vocab_size, np.int32)
+    edit_values = np.zeros(MAX_LOGIT_EDITS, np.float32)
+    edit_until = np.zeros(MAX_LOGIT_EDITS, np.int32)
+    for i, edit in enumerate(_logit_edits(request, vocab_size)):
+        edit_ids[i], edit_values[i], edit_until[i] = edit
+
+    bad_words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, np.int32)
+    for i, word in enumerate(_bad_words(request, vocab_size)):
+        bad_words[i, -len(word) :] = word
+    edit_allow = np.array(request.params.allowed_token_ids is not None)
+    return SlotTables(tokens, edit_ids, edit_values, edit_until, edit_allow, bad_words)  # type: ignore[arg-type]
+
+
+def _logit_edits(request: Request, vocab_size: int) -> list[tuple[int, float, int]]:
+    """-> (token id, what is added to its logit, the position from which it no longer is)."""
+    params = request.params
+    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        _check_ids(name, getattr(params, name) or (), vocab_size)
+    bias = params.logit_bias or {}
+    if params.allowed_token_ids is not None:
+        bias = {token: bias.get(token, 0.0) for token in params.allowed_token_ids}
+    edits = [(token, value, FOREVER) for token, value in bias.items()]
+    if params.min_tokens > 0:
+        until = min(request.num_prompt_tokens + params.min_tokens, FOREVER)
+        edits += [(token, -math.inf, until) for token in sorted(request.stop_token_ids)]
+    if len(edits) > MAX_LOGIT_EDITS:
+        field = "allowed_token_ids" if params.allowed_token_ids else "logit_bias" if bias else "min_tokens"
+        message = f"{len(edits)} logit edits with the ids that min_tokens holds back; give fewer"
+        raise RequestError(field, f"{message}: at most MAX_LOGIT_EDITS = {MAX_LOGIT_EDITS} are supported")
+    return edits
+
+
+def _bad_words(request: Request, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    if len(request.bad_words) > MAX_BAD_WORDS:
+        count = f"{len(request.bad_words)} token sequences after tokenization"
+        raise RequestError("bad_words", f"{count}; at most MAX_BAD_WORDS = {MAX_BAD_WORDS} are supported")
+    for word in request.bad_words:
+        if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
+            limit = f"MAX_BAD_WORD_TOKENS = {MAX_BAD_WORD_TOKENS}"
+            raise RequestError("bad_words", f"a word of {len(word)} tokens; 1 to {limit} are supported")
+        _check_ids("bad_words", word, vocab_size)
+    return request.bad_words
+
+
+def _check_ids(name: str, token_ids, vocab_size: int) -> None:
+    for token in token_ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(name, f"token id {token} is not in the vocabulary, ids are below {vocab_size}")
+
+
+# --- the device's side -----------------------------------------------------------------------------------------------
+
+
+def sample(logits: Array, inp: SamplingInput, tables: SlotTables, *, num_logprobs: int = 20) -> SampleOutput:
+    """One token for each row.
+
+    logits: f32[R, V]. A row's token depends on its own logits, parameters, seed and position alone: not on where in
+    which batch it is. Random rows take the argmax of filtered logits + Gumbel noise, which draws from their softmax.
+    """
+    active = _has(inp, ACTIVE)
+    edited = edited_logits(logits, inp, tables)
+    best = jnp.max(edited, axis=1, keepdims=True)
+
+    def draw() -> Array:
+        noise = gumbel(inp.seed, inp.position, logits.shape[1])
+        scores = filtered_logits(edited, inp) + jnp.where(_is_random(inp)[:, None], noise, 0.0)
+        return _first_index(scores == jnp.max(scores, axis=1, keepdims=True))
+
+    token = lax.cond(jnp.any(_is_random(inp)), draw, lambda: _first_index(edited == best))
+    # XLA's maximum may drop a NaN, so the raw logits are looked at one by one.
+    sound = jnp.all(logits < jnp.inf, axis=1) & jnp.isfinite(best[:, 0])
+
+    rows = logits.shape[0]
+    shapes = ((rows,), jnp.float32), ((rows,), jnp.int32), ((rows, num_logprobs), jnp.int32)
+    logprobs = lax.cond(
+        jnp.any(active & _has(inp, WANTS_LOGPROBS)),
+        lambda: raw_logprobs(logits, token, num_logprobs),
+        lambda: (*(jnp.zeros(*s) for s in shapes), jnp.zeros((rows, num_logprobs), jnp.float32)),
+    )
+    return SampleOutput(jnp.where(active & sound, token, -1), *logprobs)
+
+
+def edited_logits(logits: Array, inp: SamplingInput, tables: SlotTables) -> Array:
+    """-> f32[R, V]: what greedy decoding takes the argmax of; edits, bad words, then penalties applied to f32[R, V]."""
+    active = _has(inp, ACTIVE)
+    penalised = (inp.repetition_penalty != 1) | (inp.frequency_penalty != 0) | (inp.presence_penalty != 0)
+    steps = (
+        (_apply_edits, active & _has(inp, USES_EDITS)),
+        (_ban_bad_words, active & _has(inp, USES_BAD_WORDS)),
+        (_penalise, active & penalised),
+    )
+
+    def apply_all(logits: Array) -> Array:
+        for step, rows in steps:
+            apply = lambda x, step=step, rows=rows: step(x, rows, inp, tables)
+            logits = lax.cond(jnp.any(rows), apply, lambda x: x, logits)
+        return logits
+
+    wanted = steps[0][1] | steps[1][1] | steps[2][1]
+    return lax.cond(jnp.any(wanted), apply_all, lambda x: x, logits)
+
+
+def filtered_logits(edited: Array, inp: SamplingInput) -> Array:
+    """-> f32[R, V]: logits of the distribution that random rows draw from, -inf where min_p, top_k or top_p cut.
+
+    edited: f32[R, V]. The result is edited / temperature, shifted so that each row's best token has 0, which keeps
+    float32 precise where it matters. Greedy rows are shifted only.
+    """
+    random = _is_random(inp)
+    temperature = jnp.where(random, inp.temperature, 1.0)[:, None]
+    scaled = (edited - jnp.max(edited, axis=1, keepdims=True)) / temperature
+    cut = random & ((inp.top_k > 0) | (inp.top_p < 1) | (inp.min_p > 0))
+    return lax.cond(jnp.any(cut), lambda x: _truncate(x, cut, inp), lambda x: x, scaled)
+
+
+def raw_logprobs(logits: Array, token: Array, num_logprobs: int) -> tuple[Array, Array, Array, Array]:
+    """-> logprob f32[R] and rank i32[R] of token i32[R], ids i32[R, n] and logprobs f32[R, n] of the n most likely."""
+    log_sum = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    logprobs = logits - log_sum
+    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
+    rank = 1 + jnp.sum(logprobs > chosen, axis=1, dtype=jnp.int32)
+    top, top_ids = lax.top_k(logits, num_logprobs)
+    return chosen[:, 0], rank, top_ids, top - log_sum
+
+
+def prompt_logprobs(
+    hidden_to_logits: Callable[[Array], Array],
+    hidden: Array,
+    next_tokens: Array,
+    *,
+    num_logprobs: int,
+    chunk: int = 64,
+) -> tuple[Array, Array, Array, Array]:
+    """Raw logprobs of a prompt's tokens, in memory for the logits of `chunk` rows at a time.
+
+    hidden_to_logits: [C, D] -> f32[C, V]. hidden: [T, D]. next_tokens: i32[T], the token that follows each row.
+    -> logprob f32[T], rank i32[T], top_ids i32[T, num_logprobs], top_logprobs f32[T, num_logprobs].
+    """
+    rows = hidden.shape[0]
+    chunk = min(chunk, rows)
+    pad = -rows % chunk
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1])
+    next_tokens = jnp.pad(next_tokens, (0, pad)).reshape(-1, chunk)
+    out = lax.map(lambda x: raw_logprobs(hidden_to_logits(x[0]), x[1], num_logprobs), (hidden, next_tokens))
+    logprob, rank, top_ids, top_logprobs = (x.reshape(-1, *x.shape[2:])[:rows] for x in out)
+    return logprob, rank, top_ids, top_logprobs
+
+
+def gumbel(seed: Array, position: Array, vocab_size: int) -> Array:
+    """-> f32[R, V]: standard Gumbel noise, a pure function of (seed u32[R, 2], position i32[R], token id).
+
+    A threefry key is made from seed and position; a token's bits are its id, mixed with one half of the key after
+    the other. That is a fifth of the work of threefry for each token, and tests find nothing but noise in it.
+    """
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+    first, second = jnp.split(jax.random.key_data(keys), 2, axis=1)
+    token = lax.broadcasted_iota(jnp.uint32, (seed.shape[0], vocab_size), 1)
+    bits = _mix(_mix(token ^ first) + second)
+    # The smallest exponentials win, so uniforms are finest near 0: multiples of 2^-32, at its middle, never 0 or 1.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _mix(x: Array) -> Array:
+    """A bijection of u32 whose output bits each depend on all input bits: "lowbias32" of Chris Wellons' search for
+    integer hashes (github.com/skeeto/hash-prospector)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _has(inp: SamplingInput, flag: int) -> Array:
+    return (inp.flags & flag) != 0
+
+
+def _is_random(inp: SamplingInput) -> Array:
+    return _has(inp, ACTIVE) & (inp.temperature >= GREEDY_BELOW)
+
+
+def _first_index(mask: Array) -> Array:
+    """-> i32[R]: the first true column; the last column where none is. Many times faster than argmax on a CPU, where
+    XLA vectorizes the minimum of one array but not that of value and index."""
+    last = mask.shape[1] - 1
+    assert last < 2**24  # what float32 holds exactly: its minimum is faster than that of integers
+    columns = lax.broadcasted_iota(jnp.int32, mask.shape, 1).astype(jnp.float32)
+    return jnp.min(jnp.where(mask, columns, float(last)), axis=1).astype(jnp.int32)
+
+
+def _row_ids(ids: Array) -> Array:
+    return lax.broadcasted_iota(jnp.int32, ids.shape, 0)
+
+
+def _apply_edits(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables) -> Array:
+    vocab_size = logits.shape[1]
+    values = tables.edit_values[inp.slot]
+    applies = on[:, None] & (inp.position[:, None] < tables.edit_until[inp.slot])
+    ids = jnp.where(applies, tables.edit_ids[inp.slot], vocab_size)  # ids of vocab_size are dropped
+    rows = _row_ids(ids)
+
+    kept = jnp.broadcast_to(~(on & tables.edit_allow[inp.slot])[:, None], logits.shape)
+    kept = kept.at[rows, jnp.where(jnp.isfinite(values), ids, vocab_size)].set(True, mode="drop")
+    return jnp.where(kept, logits, -jnp.inf).at[rows, ids].add(values, mode="drop")
+
+
+def _ban_bad_words(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables) -> Array:
+    words = tables.bad_words[inp.slot]
+    prefixes, last = words[..., :-1], words[..., -1]
+    columns = inp.position[:, None] + jnp.arange(1 - MAX_BAD_WORD_TOKENS, 0)[None]
+    recent = tables.tokens[inp.slot[:, None], jnp.maximum(columns, 0)]
+    recent = jnp.where(columns >= 0, recent, -2)[:, None]  # before the sequence: equal to no token
+    complete = on[:, None] & (last >= 0) & jnp.all((prefixes < 0) | (prefixes == recent), axis=2)
+    ids = jnp.where(complete, last, logits.shape[1])
+    return logits.at[_row_ids(ids), ids].set(-jnp.inf, mode="drop")
+
+
+def _penalise(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables) -> Array:
+    vocab_size, max_len = logits.shape[1], tables.tokens.shape[1]
+    chunk = min(_COUNT_CHUNK, max_len)
+
+    def count(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        seen, outputs = carry
+        columns = (i * chunk + jnp.arange(chunk))[None]
+        tokens = tables.tokens[inp.slot[:, None], jnp.minimum(columns, max_len - 1)]
+        tokens = jnp.where(on[:, None] & (columns < inp.position[:, None]), tokens, vocab_size)
+        sampled = jnp.where(columns >= inp.prompt_len[:, None], tokens, vocab_size)
+        rows = _row_ids(tokens)
+        return seen.at[rows, tokens].set(True, mode="drop"), outputs.at[rows, sampled].add(1.0, mode="drop")
+
+    # As many passes as the longest sequence concerned needs, however long one may become.
+    longest = jnp.max(jnp.where(on, inp.position, 0))
+    none = jnp.zeros(logits.shape, bool), jnp.zeros(logits.shape, jnp.float32)
+    seen, outputs = lax.fori_loop(0, (longest + chunk - 1) // chunk, count, none)
+
+    repetition = inp.repetition_penalty[:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    logits = logits - inp.frequency_penalty[:, None] * outputs
+    return logits - inp.presence_penalty[:, None] * (outputs > 0).astype(jnp.float32)
+
+
+def _truncate(scaled: Array, on: Array, inp: SamplingInput) -> Array:
+    """scaled: f32[R, V], the best token of a row at 0. Each limit keeps the tokens above a threshold of the row's own,
+    ties included, so that no sort is needed: thresholds are found by bisection."""
+    vocab_size = scaled.shape[1]
+    k = jnp.where(on & (inp.top_k > 0), jnp.minimum(inp.top_k, vocab_size), vocab_size)[:, None].astype(jnp.float32)
+    min_p = jnp.where(on, inp.min_p, 0.0)[:, None]
+    top_p = jnp.where(on, inp.top_p, 1.0)[:, None]
+    everything = jnp.full(k.shape, -jnp.inf)
+
+    def kth_largest() -> Array:
+        reaches_k = lambda at: jnp.sum(jnp.where(scaled >= at, 1.0, 0.0), axis=1, keepdims=True) >= k
+        return _largest(reaches_k, scaled.shape[0], -math.inf, 0.0)
+
+    least = lax.cond(jnp.any(k < vocab_size), kth_largest, lambda: everything)
+    odds = jnp.exp(scaled)  # to those of the best token
+    kept = (scaled >= least) & ((odds >= min_p) | (scaled == 0))
+    # One array of odds for search and cut: computed twice, they could differ by a rounding.
+    odds = lax.optimization_barrier(jnp.where(kept, odds, 0.0))
+
+    def nucleus() -> Array:
+        mass = lambda at: jnp.sum(jnp.where(odds >= at, odds, 0.0), axis=1, keepdims=True)
+        target = top_p * mass(jnp.zeros(k.shape))
+        return jnp.where(top_p < 1, _largest(lambda at: mass(at) >= target, scaled.shape[0], 0.0, 1.0), 0.0)
+
+    least = lax.cond(jnp.any(top_p < 1), nucleus, lambda: jnp.zeros(k.shape))
+    return jnp.where(kept & (odds >= least), scaled, -jnp.inf)
+
+
+def _largest(reached: Callable[[Array], Array], rows: int, low: float, high: float) -> Array:
+    """-> f32[rows, 1]: the largest number in [low, high] that is `reached` (bool[rows, 1]), if all below it are too.
+
+    Bisects the numbers' images as unsigned integers, which are ordered as the numbers are: about 30 calls are exact.
+    """
+    start, stop = _image(low), _image(high) + 1
+
+    def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        inside, outside = bounds
+        middle = inside + (outside - inside) // 2
+        is_inside = reached(lax.optimization_barrier(_number(middle)))
+        return jnp.where(is_inside, middle, inside), jnp.where(is_inside, outside, middle)
+
+    bounds = jnp.full((rows, 1), start, jnp.uint32), jnp.full((rows, 1), stop, jnp.uint32)
+    return _number(lax.fori_loop(0, (stop - start - 1).bit_length(), halve, bounds)[0])
+
+
+def _image(number: float) -> int:
+    """-> the float32's bits, flipped so that their order as u32 is that of the numbers."""
+    bits = int(np.float32(number).view(np.uint32))
+    return bits ^ (0xFFFFFFFF if bits >> 31 else 0x80000000)
+
+
+def _number(image: Array) -> Array:
+    """-> the f32 whose `_image` this u32 is."""
+    bits = image ^ jnp.where(image >> 31 == 1, jnp.uint32(0x80000000), jnp.uint32(0xFFFFFFFF))
+    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -1,0 +1,40 @@
+"""From a configuration to a running engine: open, load, compile, and say in a few lines what came of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.models.params import random_params
+from engine.runner import Runner, enable_compilation_cache
+from engine.tokenizer_files import load_tokenizer
+from engine.weights.load import load_params, open_checkpoint, read_config
+
+
+def print_report(line: str) -> None:
+    print(f"quire: {line}", file=sys.stderr, flush=True)
+
+
+def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> EngineCore:
+    """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault."""
+    started = time.perf_counter()
+    enable_compilation_cache(config.compilation_cache_dir)
+    path, dummy = Path(config.model), config.load_format == "dummy"
+    checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
+    model = checkpoint.config if checkpoint else read_config(path)[1]
+    resolved = config.resolve(model_max_len=model.max_model_len, platform=jax.devices()[0].platform)
+    tokenizer = None
+    if config.tokenizer or not dummy:
+        tokenizer = load_tokenizer(Path(config.tokenizer or config.model))
+    if checkpoint is None or dummy:
+        params = random_params(model, resolved.dtype, config.seed)
+    else:
+        params = load_params(checkpoint, resolved.dtype, lambda path, array: jax.device_put(array))
+    report(f"model: {path.name}, {resolved.dtype}, loaded in {time.perf_counter() - started:.1f} s")
+    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, params, report))

@@ -1,0 +1,95 @@
+"""THE jitted function: one ragged batch through the model, its attention and the sampler, with all state donated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from engine.batch import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
+from engine.models.config import ModelConfig
+from engine.models.params import Params
+from engine.models.transformer import forward, logits
+from engine.request import MAX_LOGPROBS
+from engine.sampler import SampleOutput, SamplingInput, SlotTables, prompt_logprobs, sample
+from kernels.attention import Backend, RaggedBatch
+
+
+@struct.dataclass
+class DeviceState:
+    """What lives on the device between steps; donated through every one of them."""
+
+    kv_caches: list[Any]  # one for each layer, in the attention backend's layout
+    tables: SlotTables  # by slot: the tokens so far, and rare sampling wishes
+
+
+@struct.dataclass
+class PromptLogprobs:
+    """For each of the T tokens: how likely the prompt's next token was, and the most likely ones. float32, int32."""
+
+    logprob: Array  # [T]
+    rank: Array  # [T]
+    top_ids: Array  # [T, MAX_LOGPROBS]
+    top_logprobs: Array  # [T, MAX_LOGPROBS]
+
+
+@struct.dataclass
+class StepOutput:
+    """What the host may read of a step. Rows are the plan's, then padding."""
+
+    sampled: SampleOutput  # S rows
+    prompt: PromptLogprobs  # zeros unless a row asked
+
+
+def step(
+    config: ModelConfig, backend: Backend, shape: StepShape, params: Params, state: DeviceState, flat: Array
+) -> tuple[DeviceState, StepOutput]:
+    """Compute one step. `flat` is batch.BatchBuilder.build's int32 array; static: config, backend, shape."""
+    part = unpack(flat, shape)
+    batch = RaggedBatch(
+        part["page_table"], part["kv_lens"], part["cu_q_lens"], part["num_rows"], part["num_decodes"],
+        part["write_page"], part["write_offset"],
+    )  # fmt: skip
+    tables = state.tables
+    sampled_before = tables.tokens[jnp.maximum(-1 - part["tokens"], 0), part["positions"]]
+    tokens = jnp.where(part["tokens"] < 0, sampled_before, part["tokens"])
+    hidden, kv_caches = forward(config, backend, params, state.kv_caches, tokens, part["positions"], batch)
+
+    with jax.named_scope("sample"):
+        to_logits = lambda rows: logits(params, rows)
+        out = sample(to_logits(hidden[part["sample_at"]]), _sampling_input(part), tables, num_logprobs=MAX_LOGPROBS)
+        active = part["row_flags"] != 0
+        slots = jnp.where(active, part["slots"], tables.tokens.shape[0])
+        history = tables.tokens.at[slots, part["sample_positions"]].set(jnp.maximum(out.token, 0), mode="drop")
+
+    def prompt(hidden: Array) -> PromptLogprobs:
+        return PromptLogprobs(*prompt_logprobs(to_logits, hidden, part["next_tokens"], num_logprobs=MAX_LOGPROBS))
+
+    def nothing(hidden: Array) -> PromptLogprobs:
+        T, K = shape.tokens, MAX_LOGPROBS
+        return PromptLogprobs(jnp.zeros(T), jnp.zeros(T, jnp.int32), jnp.zeros((T, K), jnp.int32), jnp.zeros((T, K)))
+
+    with jax.named_scope("prompt_logprobs"):
+        asked = jax.lax.cond(part["wants_prompt_logprobs"] != 0, prompt, nothing, hidden)
+    return DeviceState(kv_caches, tables.replace(tokens=history)), StepOutput(out, asked)
+
+
+def write_slot(tables: SlotTables, slot: Array, row: SlotTables) -> SlotTables:
+    """-> the tables with one slot's part replaced; `row` is sampler.slot_row's."""
+    return jax.tree.map(lambda table, value: table.at[slot].set(value), tables, row)
+
+
+def _sampling_input(part: dict[str, Array]) -> SamplingInput:
+    as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
+    row = {name: as_float(part[name]) if name in FLOAT_FIELDS else part[name] for name in SLOT_FIELDS}
+    seed = jnp.stack([row.pop("seed_high"), row.pop("seed_low")], axis=-1)
+    row["flags"] = part["row_flags"]
+    return SamplingInput(
+        seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
+        position=part["sample_positions"],
+        slot=part["slots"],
+        **row,
+    )

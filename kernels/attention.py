@@ -1,0 +1,91 @@
+"""The attention interface: what a model asks for, what a ragged batch is, and the table of backends.
+
+A backend owns the KV cache's layout, its writes and its reads. It is chosen once, at start; an explicit choice that is
+not supported is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+from jax import Array
+
+from kernels import xla
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What one layer asks for. Each KV head serves `group` query heads; `scale` multiplies q.k.
+
+    `window`: a token sees itself and window - 1 tokens before it. `soft_cap`: scores s become cap * tanh(s / cap).
+    """
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+@struct.dataclass
+class RaggedBatch:
+    """T tokens of up to S sequences, row after row; rows with one token ("decodes") come first. All int32.
+
+    A row may read pages that a row before it writes in the same step. Padding tokens write to page 0.
+    """
+
+    page_table: Array  # [S, P] the row's pages, in order; 0 beyond its end
+    kv_lens: Array  # [S] tokens in the cache once this step has written its own; 0 for padding rows
+    cu_q_lens: Array  # [S + 1] where each row's tokens start; the last is the number of tokens
+    num_rows: Array  # [] rows that are no padding
+    num_decodes: Array  # [] rows with one token
+    write_page: Array  # [T] page that each token's key and value go to
+    write_offset: Array  # [T] and its place in that page
+
+
+class Backend(NamedTuple):
+    """One implementation of paged attention.
+
+    supports(spec, page_size, kv_dtype) -> None, or why not.
+    cache_spec(spec, num_pages, page_size, kv_dtype) -> tree of ShapeDtypeStruct; pages are every leaf's first axis.
+    update_and_attend(q [T, K, G, D], k [T, K, D], v [T, K, D], cache, batch, spec) -> (out [T, K, G, D], cache):
+        writes k and v into their pages, then attends causally from each token to its sequence so far.
+    """
+
+    name: str
+    platforms: tuple[str, ...]  # where "auto" takes it
+    supports: Callable[[AttentionSpec, int, str], str | None]
+    cache_spec: Callable[[AttentionSpec, int, int, str], Any]
+    update_and_attend: Callable[..., tuple[Array, Any]]
+
+
+BACKENDS = {
+    "xla": Backend("xla", ("cpu", "gpu", "tpu"), xla.supports, xla.cache_spec, xla.update_and_attend),
+}
+
+
+def choose_backend(name: str, platform: str, specs: set[AttentionSpec], page_size: int, kv_dtype: str) -> Backend:
+    """-> the backend of that name, or for "auto" the first of the platform's that supports every layer.
+
+    Errors: ValueError that says why, if the named one (or, for "auto", none) does.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"attention_backend: {name!r} is not one of {sorted(BACKENDS)}")
+    reasons = []
+    for backend in BACKENDS.values():
+        if name == backend.name or (name == "auto" and platform in backend.platforms):
+            problems = [why for spec in specs if (why := backend.supports(spec, page_size, kv_dtype))]
+            if not problems:
+                return backend
+            reasons.append(f"{backend.name}: {problems[0]}")
+    raise ValueError(f"attention_backend: none fits on {platform}: {'; '.join(reasons)}")
+
+
+def copy_pages(caches: list[Any], sources: Array, destinations: Array) -> list[Any]:
+    """Copy whole pages in every layer; all reads come before all writes. sources, destinations: [C] i32."""
+    return jax.tree.map(lambda pages: pages.at[destinations].set(pages[sources]), caches)

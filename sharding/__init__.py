@@ -1,0 +1,1 @@
+"""Meshes and rules that place parameters and batches on many devices."""

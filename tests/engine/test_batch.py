@@ -1,0 +1,68 @@
+"""Buckets, and the flat input that a plan becomes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.batch import BatchBuilder, StepShape, choose_shape, step_shapes, unpack
+from engine.scheduler import Row, StepPlan
+from tests.engine.fakes import make_request
+
+
+def _plan(*rows: tuple[list[int], int, int, list[int]]) -> StepPlan:
+    """Rows are (known tokens, start, count, pages); slots count down from 5."""
+    plan = StepPlan()
+    for i, (tokens, start, count, pages) in enumerate(rows):
+        request = make_request(tokens, 4)
+        request.pages, request.slot = pages, 5 - i
+        plan.rows.append(Row(request, 5 - i, start, count, samples=start + count >= len(tokens)))
+        plan.admitted.append(request)
+        plan.num_tokens += count
+    return plan
+
+
+@pytest.mark.parametrize("seqs", [1, 2, 3, 8, 32, 100])
+@pytest.mark.parametrize("budget", [1, 4, 16, 100, 512])
+def test_every_possible_plan_has_a_bucket(seqs: int, budget: int):
+    if budget < seqs:
+        return
+    shapes = step_shapes(seqs, budget, 4)
+    for rows in range(1, seqs + 1):
+        for tokens in range(rows, budget + 1):
+            plan = StepPlan([Row(None, 0, 0, 1, False)] * rows, num_tokens=tokens)  # type: ignore[arg-type]
+            shape = choose_shape(shapes, plan)
+            assert shape.rows >= rows and shape.tokens >= tokens
+            assert tokens == rows or shape.tokens > shape.rows, "a chunk needs a mixed step"
+
+
+def test_a_plan_becomes_ragged_arrays():
+    shape = StepShape(4, 8, 3)
+    plan = _plan(([7, 8, 9], 2, 1, [11]), ([1, 2, 3, 4, 5, 6], 1, 4, [21, 22]))
+    flat = BatchBuilder(num_slots=6, pages=3, page_size=4).build(plan, shape)
+    part = unpack(flat, shape)
+    assert (part["num_rows"], part["num_decodes"]) == (2, 1)
+    assert part["tokens"].tolist() == [9, 2, 3, 4, 5, 0, 0, 0]
+    assert part["positions"].tolist() == [2, 1, 2, 3, 4, 0, 0, 0]
+    assert part["write_page"].tolist() == [11, 21, 21, 21, 22, 0, 0, 0], "padding writes to page 0"
+    assert part["write_offset"].tolist() == [2, 1, 2, 3, 0, 0, 0, 0]
+    assert part["cu_q_lens"].tolist() == [0, 1, 5, 5, 5]
+    assert part["kv_lens"].tolist() == [3, 5, 0, 0]
+    assert part["page_table"].tolist() == [[11, 0, 0], [21, 22, 0], [0, 0, 0], [0, 0, 0]]
+    assert part["sample_at"].tolist() == [0, 4, 0, 0]
+    assert part["slots"].tolist() == [5, 4, 6, 6], "padding rows write to no slot"
+    assert (part["row_flags"] != 0).tolist() == [True, False, False, False], "only a whole sequence samples"
+    assert part["temperature"].view(np.float32).tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_token_that_is_still_being_sampled_is_named_by_its_slot():
+    shape = StepShape(1, 1, 3)
+    flat = BatchBuilder(num_slots=6, pages=3, page_size=4).build(_plan(([7, 8, 9], 3, 1, [11])), shape)
+    assert unpack(flat, shape)["tokens"].tolist() == [-1 - 5]
+
+
+def test_a_slot_that_is_taken_again_forgets_its_pages():
+    builder, shape = BatchBuilder(num_slots=6, pages=3, page_size=4), StepShape(1, 16, 3)
+    builder.build(_plan(([1] * 12, 0, 12, [11, 12, 13])), shape)
+    flat = builder.build(_plan(([1] * 6, 0, 6, [21, 22])), shape)
+    assert unpack(flat, shape)["write_page"].tolist()[:6] == [21, 21, 21, 21, 22, 22]

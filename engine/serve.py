@@ -63,9 +63,9 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(str(error)) from None
 
     def load():
-        from engine.core import EngineCore  # it brings JAX: the port opens first
+        from engine.startup import start  # it brings JAX: the port opens first
 
-        return EngineCore(config)
+        return start(config)
 
     sys.exit(run(load, options))
 

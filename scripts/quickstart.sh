@@ -5,5 +5,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 [[ $# -gt 0 ]] || fail 'usage: bash scripts/quickstart.sh "Why is the sky blue?"'
-use_venv "$(find_python)" "$root/.venv"
+base=$(find_python)
+use_venv "$base" "$root/.venv"
 exec "$python" -m engine.generate "$@"

@@ -20,7 +20,7 @@ PACKAGES = ("engine", "kernels", "sharding")
 LAYERS = """
     __init__ generate serve server
     llm
-    core
+    core startup
     chat_template detokenizer stop_strings tokenizer tokenizer_files vocab
     runner
     batch memory speculate step weights

@@ -199,19 +199,14 @@ class Api:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def _render(self, core: EngineCore, arguments: dict[str, Any]) -> str:
-        """-> the chat as a prompt. Errors: ApiError 400, also when the template takes too long."""
+        """-> the chat as a prompt. Errors: RequestError, also when the template takes too long."""
         tokenizer = need_tokenizer(core)
         loop = asyncio.get_running_loop()
         started = asyncio.Event()
 
         def render() -> str:
             loop.call_soon_threadsafe(started.set)
-            try:
-                return tokenizer.apply_chat_template(chat_template=core.config.chat_template, **arguments)
-            except RequestError:
-                raise
-            except Exception as error:  # a template is a program of its own: it may raise anything at odd messages
-                raise RequestError("messages", f"the chat template cannot take them: {error}") from error
+            return tokenizer.apply_chat_template(chat_template=core.config.chat_template, **arguments)
 
         future = loop.run_in_executor(self.templates, render)
         await started.wait()

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from engine import LLM, RequestOutput, SamplingParams
+from engine.pages import PagePool
+from engine.scheduler import Scheduler
 
 CASES = json.loads((pathlib.Path(__file__).parent.parent / "data/smollm2_goldens.json").read_text("utf-8"))["cases"]
 SMALL_GAP = 1e-3  # where the reference's first two logits are closer, either token is right
 LOGPROB_TOLERANCE = 2e-3
 NUM_TOP = 5
+MAX_MODEL_LEN, PAGE_SIZE = 1024, 16
 
 with_and_without_prefix_cache = pytest.mark.parametrize("prefix_cache", [True, False])
 each_case = pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
@@ -25,7 +28,10 @@ each_case = pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in
 @pytest.fixture(scope="module")
 def llm(smollm2_gguf: pathlib.Path) -> LLM:
     """An engine with room for everything at once."""
-    return LLM(model=str(smollm2_gguf), max_model_len=1024, max_num_seqs=32, max_num_batched_tokens=256)
+    return LLM(
+        model=str(smollm2_gguf), max_model_len=MAX_MODEL_LEN, block_size=PAGE_SIZE,
+        max_num_seqs=32, max_num_batched_tokens=64,
+    )  # fmt: skip
 
 
 # Against the reference
@@ -100,7 +106,7 @@ WAYS_TO_SAMPLE: list[dict[str, Any]] = [
     {"temperature": 1.0, "min_p": 0.05},
 ]
 PARAMS = [
-    SamplingParams(**{"max_tokens": 24, "ignore_eos": True, "seed": 1000 + i} | WAYS_TO_SAMPLE[i % len(WAYS_TO_SAMPLE)])
+    SamplingParams(**{"max_tokens": 20, "ignore_eos": True, "seed": 1000 + i} | WAYS_TO_SAMPLE[i % len(WAYS_TO_SAMPLE)])
     for i in range(len(REQUESTS))
 ]
 Answers = dict[str, list[int]]  # token ids by the case's name
@@ -134,31 +140,40 @@ def test_a_batch_of_32_changes_no_token_with_an_empty_prefix_cache_and_with_a_fu
     assert all(output.num_cached_tokens for output in again if len(output.prompt_token_ids) > 1)
 
 
-def engine(path: pathlib.Path, **settings: Any) -> LLM:
-    """-> an engine for one test: small, so that it compiles little."""
-    return LLM(model=str(path), max_model_len=256, block_size=16, **settings)
+def other_limits(llm: LLM, monkeypatch: pytest.MonkeyPatch, *, prefix_cache: bool = True, **limits: int) -> None:
+    """Until the test ends, run `llm` under other limits: a new scheduler over the same device state, nothing compiled."""
+    assert llm.reset_prefix_cache()  # its pages will be overwritten
+    most = {"num_pages": llm.core.runner.num_pages, "max_num_seqs": 32, "max_num_batched_tokens": 64} | limits
+    pool = PagePool(most.pop("num_pages"), PAGE_SIZE, prefix_cache)
+    monkeypatch.setattr(llm.core, "scheduler", Scheduler(pool, max_model_len=MAX_MODEL_LEN, **most))
 
 
-def test_no_prefix_cache_changes_no_token(smollm2_gguf, llm, alone):
-    settings = {"max_model_len": 1024, "max_num_seqs": 32, "max_num_batched_tokens": 256}  # those of `llm`: compiled
-    uncached = LLM(model=str(smollm2_gguf), enable_prefix_caching=False, **settings)
+def test_no_prefix_cache_changes_no_token(llm, alone, monkeypatch):
+    other_limits(llm, monkeypatch, prefix_cache=False)
     for _ in range(2):
-        outputs = ask(uncached)
+        outputs = ask(llm)
         assert token_ids(outputs) == alone
         assert not any(output.num_cached_tokens for output in outputs)
 
 
 @with_and_without_prefix_cache
-def test_chunks_of_16_tokens_change_no_token(smollm2_gguf, alone, prefix_cache):
-    chunked = engine(smollm2_gguf, max_num_seqs=8, max_num_batched_tokens=16, enable_prefix_caching=prefix_cache)
-    assert token_ids(ask(chunked)) == alone
+def test_chunks_of_16_tokens_change_no_token(llm, alone, monkeypatch, prefix_cache):
+    other_limits(llm, monkeypatch, prefix_cache=prefix_cache, max_num_seqs=8, max_num_batched_tokens=16)
+    assert token_ids(ask(llm)) == alone
 
 
 @with_and_without_prefix_cache
-def test_preemption_changes_no_token(smollm2_gguf, alone, prefix_cache):
-    tight = engine(
-        smollm2_gguf,
-        max_num_seqs=16, max_num_batched_tokens=64, num_gpu_blocks_override=32, enable_prefix_caching=prefix_cache,
+def test_preemption_changes_no_token(llm, alone, monkeypatch, prefix_cache):
+    other_limits(llm, monkeypatch, prefix_cache=prefix_cache, num_pages=40)
+    assert token_ids(ask(llm)) == alone
+    assert llm.get_metrics().num_preemptions > 0
+
+
+def test_an_engine_made_small_changes_no_token(smollm2_gguf, alone):
+    """The limits of the tests above, but as a user sets them: other shapes, other executables."""
+    small = LLM(
+        model=str(smollm2_gguf), max_model_len=160, block_size=PAGE_SIZE,
+        max_num_seqs=4, max_num_batched_tokens=16, num_gpu_blocks_override=10, enable_prefix_caching=False,
     )  # fmt: skip
-    assert token_ids(ask(tight)) == alone
-    assert tight.get_metrics().num_preemptions > 0
+    assert token_ids(ask(small)) == alone
+    assert small.get_metrics().num_preemptions > 0

@@ -87,6 +87,8 @@ def test_token_bytes_are_the_texts(smollm2: Tokenizer):
     assert everything is not None and plain is not None
     assert b"".join(everything[i] for i in ids) == text.encode()
     assert b"".join(plain[i] for i in ids).decode() == smollm2.decode(ids) == text.replace("<|im_start|>", "")
+    added = BYTE_LEVEL.token_bytes(skip_special_tokens=True)
+    assert added is not None and b"".join(added[i] for i in BYTE_LEVEL.encode("é<a b>")) == "é<a b>".encode()
     assert SENTENCEPIECE.token_bytes(skip_special_tokens=True) is None
 
 

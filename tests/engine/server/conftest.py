@@ -41,6 +41,11 @@ class Server:
         """-> a context with the response; its body is not read."""
         return self.http.stream("POST", path, json={"stream": True, **fields})
 
+    def is_ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get("/health").status_code == 200
+        return False
+
     def is_serving(self) -> bool:
         """-> whether a request is answered as it should be."""
         return self.complete(max_tokens=3).json()["choices"][0]["text"] == "abc"
@@ -75,16 +80,14 @@ def serving(core_factory: Callable[[], FakeCore] = FakeCore, *, ready: bool = Tr
         metrics = Metrics("fake")
         state["driver"] = Driver(core_factory, server_options, metrics)
         state["loop"], state["stop"], state["hurry"] = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-        state["status"] = await serve(
-            state["driver"], metrics, server_options, listener, state["stop"], state["hurry"]
-        )
+        state["status"] = await serve(state["driver"], metrics, server_options, listener, state["stop"], state["hurry"])
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
     server = Server(listener.getsockname()[1])
     try:
         if ready:
-            wait_until(lambda: server.http.get("/health").status_code == 200)
+            wait_until(server.is_ready)
             server.core = state["driver"].core
         yield server
     finally:
@@ -113,14 +116,16 @@ def process(*command: str) -> Iterator[tuple[subprocess.Popen[str], Server]]:
         child.log = lines  # type: ignore[attr-defined]
         reader = threading.Thread(target=lambda: lines.extend(iter(child.stderr.readline, "")))  # type: ignore
         reader.start()
+        server = None
         try:
             wait_until(lambda: child.poll() is not None or any("listening on" in line for line in list(lines)), 60)
             found = re.search(r"listening on http://[^ ]*:(\d+)", "".join(lines))
             assert found, "".join(lines)
             server = Server(int(found[1]))
             yield child, server
-            server.close()
         finally:
+            if server is not None:
+                server.close()
             child.kill()
             reader.join()
 
@@ -131,5 +136,5 @@ def fake_process(*, ready: bool = True, **options: Any) -> Iterator[tuple[subpro
     settings = {"port": 0, "uvicorn_log_level": "warning", **options}
     with process(sys.executable, "-m", "tests.engine.server.fake_server", json.dumps(settings)) as (child, server):
         if ready:
-            wait_until(lambda: server.http.get("/health").status_code == 200)
+            wait_until(server.is_ready)
         yield child, server

@@ -1,4 +1,4 @@
-"""An engine core without a model: it spells the alphabet, as slowly as it is told, and fails where the prompt says so."""
+"""An engine core without a model: it spells the alphabet, as slowly as told, and fails where the prompt says so."""
 
 from __future__ import annotations
 

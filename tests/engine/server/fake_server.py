@@ -1,4 +1,4 @@
-"""`python -m tests.engine.server.fake_server OPTIONS`: the real server's process around a fake core. OPTIONS is JSON."""
+"""`python -m tests.engine.server.fake_server OPTIONS`: the real server around a fake core. OPTIONS is JSON."""
 
 from __future__ import annotations
 

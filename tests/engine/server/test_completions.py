@@ -100,7 +100,13 @@ def test_logprobs_are_parallel_lists(server: Server):
 
 
 def test_echo_with_logprobs_is_what_evaluations_read(server: Server):
-    body = {"prompt": server.core.tokenizer.encode("hey"), "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+    body = {
+        "prompt": server.core.tokenizer.encode("hey"),
+        "max_tokens": 1,
+        "logprobs": 1,
+        "echo": True,
+        "temperature": 0,
+    }
     choice = server.complete(**body, seed=1234).json()["choices"][0]
     assert choice["text"] == "heya"
     logprobs = choice["logprobs"]
@@ -142,7 +148,13 @@ def test_logprobs_that_json_lacks_are_clamped(server: Server):
 
 def test_a_stream_says_the_same_as_the_whole(server: Server):
     stream = server.openai.completions.create(
-        model="fake", prompt=["x", "y"], n=2, max_tokens=4, logprobs=1, stream=True, stream_options={"include_usage": True}
+        model="fake",
+        prompt=["x", "y"],
+        n=2,
+        max_tokens=4,
+        logprobs=1,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     texts, offsets, reasons = [""] * 4, [[], [], [], []], [None] * 4
     for chunk in stream:

@@ -168,7 +168,7 @@ def test_connections_are_capped():
         many = [stack.enter_context(connection(server)) for _ in range(100)]
         assert is_closed_by_server(many[-1], 5)
         stack.close()
-        wait_until(lambda: server.http.get("/health").status_code == 200)
+        wait_until(server.is_ready)
 
 
 def test_a_full_queue_answers_429_all_or_nothing():

@@ -33,7 +33,7 @@ def test_while_it_loads_the_port_is_open_and_says_503():
             assert server.http.get("/health").headers["retry-after"]
         finally:
             loading.set()
-        wait_until(lambda: server.http.get("/health").status_code == 200)
+        wait_until(server.is_ready)
         assert server.is_serving()
 
 
@@ -92,11 +92,11 @@ def test_past_the_deadline_running_requests_are_aborted_however_often_sigterm_co
 
 
 def test_a_stream_that_nobody_reads_does_not_keep_the_process():
-    with fake_process(core={"max_model_len": 10**6}, shutdown_timeout=0.3, stream_backlog=10**6) as (child, server):
-        with server.stream(max_tokens=10**6, prompt="x"):
-            time.sleep(0.3)
-            child.send_signal(signal.SIGTERM)
-            assert child.wait(8) == 0
+    options = {"core": {"max_model_len": 10**6}, "shutdown_timeout": 0.3, "stream_backlog": 10**6}
+    with fake_process(**options) as (child, server), server.stream(max_tokens=10**6, prompt="x"):
+        time.sleep(0.3)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(8) == 0
 
 
 def test_a_second_interrupt_does_not_wait():

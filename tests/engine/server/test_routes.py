@@ -110,7 +110,7 @@ def test_metrics_count_requests_tokens_and_times():
 @pytest.fixture(scope="module")
 def locked():
     with serving(ready=False, api_key=("secret", "second")) as running:
-        wait_until(lambda: running.http.get("/health").status_code == 200)
+        wait_until(running.is_ready)
         yield running
 
 

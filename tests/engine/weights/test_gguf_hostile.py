@@ -157,11 +157,11 @@ CASES: dict[str, tuple[bytes, str]] = {
 
 
 def refuse(path: pathlib.Path, field: str) -> None:
-    """Open a file that must be refused for `field`, within a second and 200 MB."""
-    start = time.perf_counter()
+    """Open a file that must be refused for `field`, within a second of processor time and 200 MB."""
+    start = time.process_time()
     with pytest.raises(ValueError, match=f"bad.gguf: {field}"):
         open_gguf(path)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert seconds < 1, f"took {seconds:.2f} s"
     tracemalloc.start()  # in a second pass, which tracing makes slow
     try:

@@ -137,27 +137,36 @@ class Scheduler:
     def _plan_running(self, plan: StepPlan) -> bool:
         """Give every running request its tokens, preempting the last in line where pages run out. -> whether any was."""
         preempted = False
-        # Those that only decode come before those still in their prompt, so that a long prompt starves nobody.
-        pending = sorted(self.running, key=lambda r: (r.num_tokens - r.num_computed_tokens > 1, r.priority))
-        for request in pending:
-            if request not in self.running or request.num_output_tokens >= request.max_tokens:
+        for request in self._decodes_first():
+            if request.slot is None or request.num_output_tokens >= request.max_tokens:
                 continue  # preempted just now, or its last token is being sampled
             count = min(request.num_tokens - request.num_computed_tokens, self._budget(plan))
             if count <= 0:
                 continue
             need = self.pool.pages_for(request.num_computed_tokens + count) - len(request.pages)
-            pages = self.pool.allocate(need) if need > 0 else []
-            while pages is None and (victim := self._victim(plan)) is not request:
-                self._preempt(victim)
-                preempted = True
+            if need > 0:
                 pages = self.pool.allocate(need)
-            if pages is None:
-                self._preempt(request)
-                preempted = True
-                continue
-            request.pages += pages
+                while pages is None and (victim := self._victim(plan)) is not request:
+                    self._preempt(victim)
+                    preempted = True
+                    pages = self.pool.allocate(need)
+                if pages is None:
+                    self._preempt(request)
+                    preempted = True
+                    continue
+                request.pages += pages
             self._schedule(plan, request, count)
         return preempted
+
+    def _decodes_first(self) -> list[Request]:
+        """-> the running requests, those still in their prompt last, so that a long prompt starves nobody."""
+        order: tuple[list[Request], list[Request]] = ([], [])
+        for request in self.running:
+            order[request.num_tokens - request.num_computed_tokens > 1].append(request)
+        if self.policy == "priority":
+            for part in order:
+                part.sort(key=lambda request: request.priority)
+        return order[0] + order[1]
 
     def _plan_waiting(self, plan: StepPlan) -> None:
         """Admit waiting requests while there are tokens, slots and pages for the whole of their prompt."""
@@ -187,7 +196,7 @@ class Scheduler:
             if match and match.copy_from is not None:
                 plan.copies.append((match.copy_from, pages[0]))
                 request.num_computed_tokens += match.num_copied
-            if match and request.num_preemptions == 0:
+            if match and self.pool.enable_prefix_caching and request.num_preemptions == 0:
                 self.prefix_cache_queries += request.num_tokens
                 self.prefix_cache_hits += request.num_computed_tokens
                 request.group.num_cached_tokens = max(request.group.num_cached_tokens, request.num_computed_tokens)
@@ -207,7 +216,8 @@ class Scheduler:
         plan.num_tokens += count
         request.num_computed_tokens += count
         request.num_in_flight += samples
-        self.pool.register(request)
+        if count > 1:  # what a decode adds is registered when its token is known
+            self.pool.register(request)
 
     def _victim(self, plan: StepPlan) -> Request:
         """-> whom to preempt: the last to arrive of the least urgent, of those not yet in this plan."""

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import engine
-from engine.request import RequestError
+from engine.request import Group, RequestError
 from engine.server import chat, completions, wire
 from engine.server.answer import answer
 from engine.server.connection import BodyReader
@@ -165,7 +165,7 @@ class Api:
         body = decode(CompletionRequest, await self.bodies.read(request))
         self._check(core, body)
         head = wire.new_head("cmpl-", body.model or self.options.served_model_name[0])
-        groups = await self._in_pool(self.pool, lambda: completions.prepare(core, body, head.id))
+        groups = await self._in_pool(lambda: completions.prepare(core, body, head.id))
         form = completions.CompletionFormat(head, body, groups, core)
         return await self._answer(request, body, groups, form)
 
@@ -176,11 +176,11 @@ class Api:
         head = wire.new_head("chatcmpl-", body.model or self.options.served_model_name[0])
         body.sampling_params()  # refuse what is cheap to refuse before the template runs
         prompt = await self._render(core, template_arguments(body))
-        group = await self._in_pool(self.pool, lambda: chat.prepare(core, body, prompt, head.id))
+        group = await self._in_pool(lambda: chat.prepare(core, body, prompt, head.id))
         return await self._answer(request, body, [group], chat.ChatFormat(head, body, group, core))
 
     async def _answer(
-        self, request: Request, body: CompletionRequest | ChatRequest, groups: list, form: wire.Format
+        self, request: Request, body: CompletionRequest | ChatRequest, groups: list[Group], form: wire.Format
     ) -> Response:
         include_usage = body.stream_options and body.stream_options.include_usage
         return await answer(
@@ -217,10 +217,10 @@ class Api:
             limit = self.options.template_timeout
             raise RequestError("messages", f"the chat template took more than {limit:g} s") from None
 
-    async def _in_pool(self, pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+    async def _in_pool(self, function: Callable[[], T]) -> T:
         """-> function(), called in a thread. Errors: its own; ApiError 400 for a ValueError, the request's fault."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(pool, function)
+            return await asyncio.get_running_loop().run_in_executor(self.pool, function)
         except RequestError:
             raise
         except ValueError as error:
@@ -239,11 +239,11 @@ class Api:
         else:
             text = body.prompt
         add_special_tokens = body.add_special_tokens
-        tokens = await self._in_pool(self.pool, lambda: encode(core, text, add_special_tokens=add_special_tokens))
+        tokens = await self._in_pool(lambda: encode(core, text, add_special_tokens=add_special_tokens))
         backend = need_tokenizer(core).backend
         pieces = [backend.id_to_token(token) for token in tokens] if body.return_token_strs else None
-        answer = {"count": len(tokens), "max_model_len": core.resolved.max_model_len, "tokens": tokens}
-        return _json({**answer, "token_strs": pieces})
+        counted = {"count": len(tokens), "max_model_len": core.resolved.max_model_len, "tokens": tokens}
+        return _json({**counted, "token_strs": pieces})
 
     async def detokenize(self, request: Request) -> Response:
         core = self.driver.ready()
@@ -254,7 +254,7 @@ class Api:
         for token in body.tokens:
             if not 0 <= token < size:
                 raise RequestError("tokens", f"{token} is not in the vocabulary of {size}")
-        text = await self._in_pool(self.pool, lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
+        text = await self._in_pool(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
         return _json({"prompt": text})
 
     async def tokenizer_info(self, request: Request) -> Response:

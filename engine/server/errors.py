@@ -34,7 +34,7 @@ class ApiError(Exception):
         return msgspec.json.encode(
             {
                 "error": {
-                    "message": self.message[:2000].encode(errors="replace").decode(),
+                    "message": self.message[:2000],
                     "type": _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error"),
                     "param": self.param,
                     "code": self.code,

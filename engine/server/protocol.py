@@ -361,7 +361,7 @@ def _named(error: msgspec.ValidationError) -> RequestError:
     place = _PLACE.search(text)
     quoted = _QUOTED.search(text)
     field = (place and place[1]) or (quoted and quoted[1]) or "body"
-    return RequestError(field, text[:500].lower() if field == "body" else text[:500])
+    return RequestError(field, text[:500])
 
 
 def check_depth(name: str, value: Any) -> None:

@@ -159,6 +159,10 @@ def test_both_numbers_are_named_when_a_prompt_is_too_long(server: Server):
     assert "512" in message
 
 
+def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenized(server: Server):
+    assert "10000 characters" in server.complete("x" * 10_000).json()["error"]["message"]
+
+
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
 def test_an_unknown_model_is_not_found(server: Server, path):
     fields = {COMPLETIONS: {"prompt": "x"}, CHAT: {"messages": HELLO}, "/tokenize": {"prompt": "x"}}

@@ -137,6 +137,14 @@ def test_an_engine_that_hangs_does_not_keep_the_process():
         assert child.wait(15) == 0
 
 
+def test_a_template_that_hangs_does_not_keep_the_process():
+    with fake_process(template_seconds=60, template_timeout=0.1) as (child, server):
+        chat = {"messages": [{"role": "user", "content": "x"}]}
+        assert server.http.post("/v1/chat/completions", json=chat).status_code == 400
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(8) == 0
+
+
 def test_a_port_in_use_is_told_in_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         options = f'{{"port": {taken.getsockname()[1]}}}'

@@ -50,8 +50,8 @@ class SamplingInput:
 class SlotTables:
     """What some requests need beside their row of SamplingInput, by slot. `slot_row` makes one slot's part.
 
-    Edits are added to logits, -inf bans. With `edit_allow` a token survives only if some edit that applies names it
-    with a finite value; a ban of the same token still wins for as long as it lasts.
+    Edits are added to logits, -inf bans. With `edit_allow` only tokens named by an edit that applies survive; one that
+    bans them still wins for as long as it lasts.
     """
 
     tokens: Array  # i32[slots, max_model_len]; prompt and outputs, valid below SamplingInput.position
@@ -320,15 +320,12 @@ def _row_ids(ids: Array) -> Array:
 
 
 def _apply_edits(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables) -> Array:
-    vocab_size = logits.shape[1]
-    values = tables.edit_values[inp.slot]
     applies = on[:, None] & (inp.position[:, None] < tables.edit_until[inp.slot])
-    ids = jnp.where(applies, tables.edit_ids[inp.slot], vocab_size)  # ids of vocab_size are dropped
+    ids = jnp.where(applies, tables.edit_ids[inp.slot], logits.shape[1])  # which is no id: dropped
     rows = _row_ids(ids)
-
     kept = jnp.broadcast_to(~(on & tables.edit_allow[inp.slot])[:, None], logits.shape)
-    kept = kept.at[rows, jnp.where(jnp.isfinite(values), ids, vocab_size)].set(True, mode="drop")
-    return jnp.where(kept, logits, -jnp.inf).at[rows, ids].add(values, mode="drop")
+    kept = kept.at[rows, ids].set(True, mode="drop")
+    return jnp.where(kept, logits, -jnp.inf).at[rows, ids].add(tables.edit_values[inp.slot], mode="drop")
 
 
 def _ban_bad_words(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables) -> Array:
@@ -380,7 +377,7 @@ def _truncate(scaled: Array, on: Array, inp: SamplingInput) -> Array:
         return _largest(reaches_k, scaled.shape[0], -math.inf, 0.0)
 
     least = lax.cond(jnp.any(k < vocab_size), kth_largest, lambda: everything)
-    odds = jnp.exp(scaled)  # to those of the best token
+    odds = jnp.exp(scaled)  # to those of the best token, which stays even where exp(0) is not quite 1
     kept = (scaled >= least) & ((odds >= min_p) | (scaled == 0))
     # One array of odds for search and cut: computed twice, they could differ by a rounding.
     odds = lax.optimization_barrier(jnp.where(kept, odds, 0.0))

@@ -23,11 +23,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_its_python_blocks_run(smollm2_gguf, tmp_path):
+def test_its_python_blocks_run(smollm2_gguf):
     if not blocks("python"):
         pytest.skip("README.md has no Python block yet")
     for block in blocks("python"):
-        subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, timeout=300)
+        subprocess.run([sys.executable, "-c", block], cwd=ROOT, check=True, timeout=300)
 
 
 def test_its_other_python_blocks_are_python():

@@ -261,8 +261,9 @@ class Api:
         core = self.driver.ready()
         tokenizer = need_tokenizer(core)
         names = {"bos_token": None, "eos_token": None, "pad_token": None, **tokenizer.special_tokens}
-        template = {"chat_template": tokenizer.chat_template, "model_max_length": core.resolved.max_model_len}
-        return _json({"tokenizer_class": "Tokenizer", **names, **template})
+        template = core.config.chat_template or tokenizer.chat_template
+        about = {"chat_template": template, "model_max_length": core.resolved.max_model_len}
+        return _json({"tokenizer_class": "Tokenizer", **names, **about})
 
     # -- about the server
 

@@ -295,12 +295,14 @@ def test_min_tokens_bans_eos_and_stop_tokens_until_so_many_were_sampled():
 
 def test_a_bad_word_bans_its_last_token_only_after_the_tokens_before_it():
     everything = set(range(VOCAB))
-    words = [(1, 2, 3), (4,), (2, 5), tuple(range(10, 18))]
+    words = [(1, 2, 3), (4,), (2, 5), (7, 7, 9), tuple(range(10, 18))]
     for tokens, banned in (
         ([1, 2], {4, 3, 5}),
         ([2], {4, 5}),
         ([1, 2, 2], {4, 5}),
         ([2, 1], {4}),
+        ([7], {4}),
+        ([7, 7], {4, 9}),
         ([7, 8, 1, 2], {4, 3, 5}),
         ([0, *range(10, 17)], {4, 17}),
         ([*range(10, 17)], {4, 17}),
@@ -339,15 +341,16 @@ def test_a_negative_bias_applies_once_and_a_duplicate_allowed_token_does_not_dou
     assert edited[1, 6] == 0
 
 
-@pytest.mark.parametrize("dtype", ["normal", "ties", "extreme"])
-def test_top_k_keeps_exactly_the_k_best_and_their_ties(dtype):
+@pytest.mark.parametrize("kind", ["normal", "ties", "extreme", "adjacent"])
+def test_top_k_keeps_exactly_the_k_best_and_their_ties(kind):
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=VOCAB) * 10
-    if dtype == "ties":
-        logits = np.round(logits / 10)
-    if dtype == "extreme":
-        logits = np.sign(logits) * 10.0 ** rng.uniform(-30, 30, VOCAB)
-    logits = logits.astype(np.float32)
+    normal = rng.normal(size=VOCAB) * 10
+    logits = {
+        "normal": normal,
+        "ties": np.round(normal / 10),
+        "extreme": np.sign(normal) * 10.0 ** rng.uniform(-30, 30, VOCAB),
+        "adjacent": np.append(0, -1 - rng.permutation(VOCAB - 1) * 2.0**-23),  # below 0: consecutive float32s
+    }[kind].astype(np.float32)
     ks = [*range(1, ROWS - 4), 40, 60, VOCAB - 2, VOCAB - 1, VOCAB]
     requests = [make_request([1], 1, top_k=k) for k in ks]
     filtered = np.isfinite(filtered_logits(np.tile(logits, (ROWS, 1)), *make_batch(requests)))

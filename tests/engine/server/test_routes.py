@@ -68,6 +68,10 @@ def test_other_routes_are_refused_in_the_same_form(server: Server, method, path,
     assert path in response.json()["error"]["message"]
 
 
+def test_a_path_that_is_not_unicode_is_not_found(server: Server):
+    assert server.http.get("/%ed%a0%80%ff").status_code == 404
+
+
 def test_the_prefix_cache_is_reset_only_when_idle(server: Server):
     assert server.http.post("/reset_prefix_cache").status_code == 200
     server.core.gate.clear()

@@ -13,7 +13,9 @@ from engine.pages import PAGE_SIZES, default_page_size
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def _setting(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None, kind: type = str) -> Any:
+def _setting(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None, kind: type = str
+) -> Any:
     metadata = {"help": help, "choices": choices, "low": low, "kind": kind}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -29,7 +31,9 @@ class EngineConfig:
     kv_cache_dtype: str = _setting("auto", "Of the KV cache; auto: as dtype.", choices=DTYPES)
     quantization: str | None = _setting(None, "Weight quantisation; none is supported yet.")
     max_model_len: int | None = _setting(None, "Longest sequence, in tokens; default: the model's.", low=1, kind=int)
-    max_num_seqs: int | None = _setting(None, "Most sequences in a step; default: 32 on CPU, else 256.", low=1, kind=int)
+    max_num_seqs: int | None = _setting(
+        None, "Most sequences in a step; default: 32 on CPU, else 256.", low=1, kind=int
+    )
     max_num_batched_tokens: int | None = _setting(
         None, "Most tokens in a step; default: 512 on CPU, else 8192.", low=1, kind=int
     )
@@ -41,8 +45,12 @@ class EngineConfig:
         low=1, kind=int,
     )  # fmt: skip
     block_size: int | None = _setting(None, f"Tokens in a page, one of {PAGE_SIZES}; default by rule.", kind=int)
-    num_gpu_blocks_override: int | None = _setting(None, "Number of KV-cache pages, instead of computing it.", low=1, kind=int)
-    enable_prefix_caching: bool = _setting(True, "Share KV-cache pages between requests with a common prefix.", kind=bool)
+    num_gpu_blocks_override: int | None = _setting(
+        None, "Number of KV-cache pages, instead of computing it.", low=1, kind=int
+    )
+    enable_prefix_caching: bool = _setting(
+        True, "Share KV-cache pages between requests with a common prefix.", kind=bool
+    )
     scheduling_policy: str = _setting("fcfs", "Who runs first.", choices=("fcfs", "priority"))
     tensor_parallel_size: int = _setting(1, "Devices that share each layer; 1 is supported so far.", low=1, kind=int)
     pipeline_parallel_size: int = _setting(1, "Stages of layers; 1 is supported so far.", low=1, kind=int)

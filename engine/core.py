@@ -117,9 +117,6 @@ class EngineCore:
         if params.prompt_logprobs is not None:
             group.prompt_logprobs = [None]
         check_request(group.requests[0], self.model_config.vocab_size)
-        for token in params.stop_token_ids or ():
-            if token >= self.model_config.vocab_size:
-                raise RequestError("stop_token_ids", f"{token} is not below vocab_size {self.model_config.vocab_size}")
         return group
 
     def add(self, group: Group) -> None:
@@ -288,7 +285,9 @@ class EngineCore:
             for text in (word, " " + word.lstrip()):
                 ids = tuple(tokenizer.encode(text, add_special_tokens=False))
                 if len(ids) > MAX_BAD_WORD_TOKENS:
-                    raise RequestError("bad_words", f"{word!r:.80} is {len(ids)} tokens, of at most {MAX_BAD_WORD_TOKENS}")
+                    raise RequestError(
+                        "bad_words", f"{word!r:.80} is {len(ids)} tokens, of at most {MAX_BAD_WORD_TOKENS}"
+                    )
                 if ids:
                     found[ids] = None
         if len(found) > MAX_BAD_WORDS:

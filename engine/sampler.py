@@ -199,13 +199,12 @@ def sample(logits: Array, inp: SamplingInput, tables: SlotTables, *, num_logprob
     # XLA's maximum may drop a NaN, so the raw logits are looked at one by one.
     sound = jnp.all(logits < jnp.inf, axis=1) & jnp.isfinite(best[:, 0])
 
-    rows = logits.shape[0]
-    shapes = ((rows,), jnp.float32), ((rows,), jnp.int32), ((rows, num_logprobs), jnp.int32)
-    logprobs = lax.cond(
-        jnp.any(active & _has(inp, WANTS_LOGPROBS)),
-        lambda: raw_logprobs(logits, token, num_logprobs),
-        lambda: (*(jnp.zeros(*s) for s in shapes), jnp.zeros((rows, num_logprobs), jnp.float32)),
-    )
+    def no_logprobs() -> tuple[Array, Array, Array, Array]:
+        one, top = logits.shape[:1], (logits.shape[0], num_logprobs)
+        return jnp.zeros(one), jnp.zeros(one, jnp.int32), jnp.zeros(top, jnp.int32), jnp.zeros(top)
+
+    wanted = jnp.any(active & _has(inp, WANTS_LOGPROBS))
+    logprobs = lax.cond(wanted, lambda: raw_logprobs(logits, token, num_logprobs), no_logprobs)
     return SampleOutput(jnp.where(active & sound, token, -1), *logprobs)
 
 
@@ -333,7 +332,7 @@ def _ban_bad_words(logits: Array, on: Array, inp: SamplingInput, tables: SlotTab
     prefixes, last = words[..., :-1], words[..., -1]
     columns = inp.position[:, None] + jnp.arange(1 - MAX_BAD_WORD_TOKENS, 0)[None]
     recent = tables.tokens[inp.slot[:, None], jnp.maximum(columns, 0)]
-    recent = jnp.where(columns >= 0, recent, -2)[:, None]  # before the sequence: equal to no token
+    recent = jnp.where(columns >= inp.prompt_len[:, None], recent, -2)[:, None]  # the prompt's equal no token
     complete = on[:, None] & (last >= 0) & jnp.all((prefixes < 0) | (prefixes == recent), axis=2)
     ids = jnp.where(complete, last, logits.shape[1])
     return logits.at[_row_ids(ids), ids].set(-jnp.inf, mode="drop")

@@ -89,9 +89,7 @@ def _gather(pages: Array, which: Array) -> Array:
     return chunk.reshape(*chunk.shape[:-3], -1, chunk.shape[-1])
 
 
-def _decode(
-    q: Array, cache: Cache, table: Array, chunk_pages: int, batch: RaggedBatch, spec: AttentionSpec
-) -> Array:
+def _decode(q: Array, cache: Cache, table: Array, chunk_pages: int, batch: RaggedBatch, spec: AttentionSpec) -> Array:
     """q [S, K, G, D], one token a row; rows that are no decodes give zeros."""
     num_rows = q.shape[0]
     chunk = chunk_pages * cache.k.shape[2]

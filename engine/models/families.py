@@ -9,6 +9,8 @@ from typing import Any
 from engine.models.config import LayerSpec, ModelConfig, RopeSpec
 from engine.models.layers import ACTIVATIONS
 
+MAX_LAYERS = 1000
+
 
 @dataclass(frozen=True)
 class Family:
@@ -36,7 +38,7 @@ class _Fields:
     def __init__(self, source: str, values: dict[str, Any], prefix: str = ""):
         self.source, self.values, self.prefix = source, values, prefix
 
-    def __call__(self, key: str, kind: type, default: Any = ..., *, low: float = 0) -> Any:
+    def __call__(self, key: str, kind: type, default: Any = ..., *, low: float = 0, high: float = 2**40) -> Any:
         key = self.prefix + key
         value = self.values.get(key)
         if value is None:
@@ -47,7 +49,7 @@ class _Fields:
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             raise ValueError(f"{self.source}: {key} must be of type {kind.__name__}, got {value!r:.80}")
-        if kind in (int, float) and not low < value < 2**40:
+        if kind in (int, float) and not low < value <= high:
             raise ValueError(f"{self.source}: {key} is out of range: {value}")
         return value
 
@@ -64,7 +66,7 @@ def from_hugging_face(source: str, values: dict[str, Any]) -> tuple[Family, Mode
     if get("mlp_bias", bool, False) or (get("attention_bias", bool, False) and not family.qkv_bias):
         raise ValueError(f"{source}: attention_bias and mlp_bias are not supported for {family.name}")
     window = get("sliding_window", int, None) if get("use_sliding_window", bool, family.name == "mistral") else None
-    layers = get("num_hidden_layers", int, low=0)
+    layers = get("num_hidden_layers", int, high=MAX_LAYERS)
     first_windowed = get("max_window_layers", int, 0, low=-1) if family.name.startswith("qwen") else 0
     rope = _hugging_face_rope(source, get, head_dim)
     return family, _checked(
@@ -119,7 +121,7 @@ def from_gguf(source: str, values: dict[str, Any], tensors: dict[str, tuple[int,
             num_kv_heads=get("attention.head_count_kv", int, heads),
             head_dim=head_dim,
             max_model_len=get("context_length", int),
-            layers=(LayerSpec(rope),) * get("block_count", int),
+            layers=(LayerSpec(rope),) * get("block_count", int, high=MAX_LAYERS),
             norm_eps=get("attention.layer_norm_rms_epsilon", float),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
@@ -163,8 +165,6 @@ def _checked(source: str, config: ModelConfig) -> ModelConfig:
         raise ValueError(f"{source}: {config.num_heads} heads are no multiple of {config.num_kv_heads} KV heads")
     if config.activation not in ACTIVATIONS:
         raise ValueError(f"{source}: activation {config.activation!r} is not one of {sorted(ACTIVATIONS)}")
-    if len(config.layers) > 1000:
-        raise ValueError(f"{source}: {len(config.layers)} layers are more than 1000")
     for layer in config.layers[:1]:
         if layer.rope and (layer.rope.dim % 2 or layer.rope.dim > config.head_dim):
             raise ValueError(f"{source}: rope over {layer.rope.dim} of {config.head_dim} dimensions is not possible")

@@ -83,9 +83,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     return from_hugging_face(str(file), values)
 
 
-def load_params(
-    checkpoint: Checkpoint, dtype: str, put: Callable[[tuple[Any, ...], np.ndarray], jax.Array]
-) -> Params:
+def load_params(checkpoint: Checkpoint, dtype: str, put: Callable[[tuple[Any, ...], np.ndarray], jax.Array]) -> Params:
     """-> the model's parameters, each handed to `put` (path, array of the ParamSpec's shape) as soon as it is read.
 
     Errors: ValueError that names missing, surplus or misshapen tensors.

@@ -15,13 +15,17 @@ def next_token(tokens: list[int], vocab_size: int = 50) -> int:
 
 
 def make_request(
-    tokens: list[int], max_tokens: int, *, name: str = "r", salt: str = "", priority: int = 0, stop: tuple[int, ...] = ()
+    tokens: list[int],
+    max_tokens: int,
+    *,
+    name: str = "r",
+    salt: str = "",
+    priority: int = 0,
+    stop: tuple[int, ...] = (),
 ) -> Request:
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop)
     group = Group(name, None, tokens, params, RequestMetrics(0.0), priority, salt)
-    request = Request(
-        group, 0, params, list(tokens), len(tokens), max_tokens, seed=0, stop_token_ids=frozenset(stop)
-    )
+    request = Request(group, 0, params, list(tokens), len(tokens), max_tokens, seed=0, stop_token_ids=frozenset(stop))
     group.requests.append(request)
     return request
 

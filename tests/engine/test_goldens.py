@@ -140,12 +140,24 @@ def test_a_batch_of_32_changes_no_token_with_an_empty_prefix_cache_and_with_a_fu
     assert all(output.num_cached_tokens for output in again if len(output.prompt_token_ids) > 1)
 
 
-def other_limits(llm: LLM, monkeypatch: pytest.MonkeyPatch, *, prefix_cache: bool = True, **limits: int) -> None:
-    """Until the test ends, run `llm` under other limits: a new scheduler over the same device state, nothing compiled."""
+def other_limits(
+    llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    prefix_cache: bool,
+    max_num_seqs: int = 32,
+    max_num_batched_tokens: int = 64,
+    num_pages: int | None = None,
+) -> None:
+    """Run `llm` under other limits until the test ends: a new scheduler over the same device state compiles nothing."""
     assert llm.reset_prefix_cache()  # its pages will be overwritten
-    most = {"num_pages": llm.core.runner.num_pages, "max_num_seqs": 32, "max_num_batched_tokens": 64} | limits
-    pool = PagePool(most.pop("num_pages"), PAGE_SIZE, prefix_cache)
-    monkeypatch.setattr(llm.core, "scheduler", Scheduler(pool, max_model_len=MAX_MODEL_LEN, **most))
+    scheduler = Scheduler(
+        PagePool(num_pages or llm.core.runner.num_pages, PAGE_SIZE, prefix_cache),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    monkeypatch.setattr(llm.core, "scheduler", scheduler)
 
 
 def test_no_prefix_cache_changes_no_token(llm, alone, monkeypatch):

@@ -134,9 +134,11 @@ def test_prompt_logprobs_cover_every_token_but_the_first_also_in_chunks(llm: LLM
     short = llm.generate([prompt[:20]], greedy(prompt_logprobs=2, max_tokens=1))[0].prompt_logprobs
     assert short is not None
     for a, b in zip(short[1:], output.prompt_logprobs[1:20], strict=True):
-        assert a and b and {t: pytest.approx(e.logprob, abs=1e-4) for t, e in a.items()} == {
-            t: e.logprob for t, e in b.items()
-        }
+        assert (
+            a
+            and b
+            and {t: pytest.approx(e.logprob, abs=1e-4) for t, e in a.items()} == {t: e.logprob for t, e in b.items()}
+        )
 
 
 def test_stop_strings_and_stop_tokens_end_a_completion_and_say_which(llm: LLM):

@@ -12,7 +12,18 @@ from tests.engine.fakes import make_request
 
 @pytest.mark.parametrize(
     ("max_model_len", "page"),
-    [(1, 16), (256, 16), (257, 32), (512, 32), (1024, 64), (2000, 128), (2048, 128), (4096, 256), (8192, 256), (8193, 16)],
+    [
+        (1, 16),
+        (256, 16),
+        (257, 32),
+        (512, 32),
+        (1024, 64),
+        (2000, 128),
+        (2048, 128),
+        (4096, 256),
+        (8192, 256),
+        (8193, 16),
+    ],
 )
 def test_page_size_follows_the_model_length(max_model_len: int, page: int):
     assert default_page_size(max_model_len) == page

@@ -109,8 +109,9 @@ def oracle_edited(logits: np.ndarray, request: Request) -> np.ndarray:
     params, tokens, out = request.params, request.token_ids, logits.astype(np.float64)
     if params.allowed_token_ids is not None:
         out[[t for t in range(len(out)) if t not in params.allowed_token_ids]] = -np.inf
+    outputs = tokens[request.num_prompt_tokens :]
     for word in request.bad_words:
-        if len(word) - 1 <= len(tokens) and tokens[len(tokens) - len(word) + 1 :] == list(word[:-1]):
+        if len(word) - 1 <= len(outputs) and outputs[len(outputs) - len(word) + 1 :] == list(word[:-1]):
             out[word[-1]] = -np.inf
     if request.num_output_tokens < params.min_tokens:
         out[list(request.stop_token_ids)] = -np.inf
@@ -293,7 +294,7 @@ def test_min_tokens_bans_eos_and_stop_tokens_until_so_many_were_sampled():
     assert allowed_next(make_request([3] * 4, 4, min_tokens=3)) == everything  # nothing would end it
 
 
-def test_a_bad_word_bans_its_last_token_only_after_the_tokens_before_it():
+def test_a_bad_word_bans_its_last_token_only_after_outputs_that_begin_it():
     everything = set(range(VOCAB))
     words = [(1, 2, 3), (4,), (2, 5), (7, 7, 9), tuple(range(10, 18))]
     for tokens, banned in (
@@ -309,8 +310,9 @@ def test_a_bad_word_bans_its_last_token_only_after_the_tokens_before_it():
         ([*range(11, 17)], {4}),  # the sequence starts inside the word
         ([10, 10, *range(12, 17)], {4}),
     ):
-        for prompt_len in (1, len(tokens)):
-            assert allowed_next(make_request(tokens, prompt_len, bad_words=words)) == everything - banned, tokens
+        assert allowed_next(make_request([1, *tokens], 1, bad_words=words)) == everything - banned, tokens
+        in_prompt = make_request(tokens, len(tokens), bad_words=words)
+        assert allowed_next(in_prompt) == everything - {4}, "a prompt starts no bad word"
 
 
 def test_allowed_tokens_are_the_only_ones_and_bias_moves_only_them():

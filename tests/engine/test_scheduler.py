@@ -71,7 +71,11 @@ def test_any_schedule_ends_with_every_page_back_and_every_token_right(r: random.
         stop = tuple(r.sample(range(50), r.choice([0, 0, 5])))
         arrivals.append(
             make_request(
-                prompt, r.randint(1, max_len - length), name=str(i), salt=r.choice(["", "", "a"]), priority=priority,
+                prompt,
+                r.randint(1, max_len - length),
+                name=str(i),
+                salt=r.choice(["", "", "a"]),
+                priority=priority,
                 stop=stop,
             )  # fmt: skip
         )

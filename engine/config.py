@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -98,7 +98,7 @@ class EngineConfig:
         seqs = self.max_num_seqs or min(32 if cpu else 256, batched)
         if batched < seqs:
             raise ValueError(
-                f"max_num_batched_tokens: {batched} is less than max_num_seqs {seqs}; every sequence needs a token a step"
+                f"max_num_batched_tokens: {batched} is less than max_num_seqs {seqs}; every one needs a token a step"
             )
         dtype = ("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype
         return ResolvedConfig(
@@ -138,19 +138,19 @@ def make_config(**settings: Any) -> EngineConfig:
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define one flag for each setting."""
     for s in SETTINGS:
-        text, kind = s.metadata["help"], s.metadata["kind"]
+        text, kind, default = s.metadata["help"], s.metadata["kind"], cast(Any, s.default)
         if s.metadata["choices"]:
-            flags.DEFINE_enum(s.name, s.default, list(s.metadata["choices"]), text, flag_values=values)
+            flags.DEFINE_enum(s.name, default, list(s.metadata["choices"]), text, flag_values=values)
         elif kind is bool:
-            flags.DEFINE_boolean(s.name, s.default, text, flag_values=values)
+            flags.DEFINE_boolean(s.name, default, text, flag_values=values)
         elif kind is int:
-            flags.DEFINE_integer(s.name, s.default, text, flag_values=values)
+            flags.DEFINE_integer(s.name, default, text, flag_values=values)
         elif kind is float:
-            flags.DEFINE_float(s.name, s.default, text, flag_values=values)
+            flags.DEFINE_float(s.name, default, text, flag_values=values)
         else:
-            flags.DEFINE_string(s.name, s.default, text, flag_values=values)
+            flags.DEFINE_string(s.name, default, text, flag_values=values)
 
 
 def config_from_flags(values: flags.FlagValues = flags.FLAGS) -> EngineConfig:
     """-> EngineConfig from parsed flags. Errors: ValueError."""
-    return EngineConfig(**{s.name: values[s.name].value for s in SETTINGS})
+    return make_config(**{s.name: values[s.name].value for s in SETTINGS})

@@ -15,9 +15,18 @@ from engine.detokenizer import Detokenizer
 from engine.models.config import ModelConfig
 from engine.pages import PagePool
 from engine.request import (
-    MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, CompletionOutput, Group, Logprob, Logprobs, Request, RequestError,
-    RequestMetrics, SamplingParams, Update,
-)  # fmt: skip
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    CompletionOutput,
+    Group,
+    Logprob,
+    Logprobs,
+    Request,
+    RequestError,
+    RequestMetrics,
+    SamplingParams,
+    Update,
+)
 from engine.runner import Launched, Runner
 from engine.sampler import check_request
 from engine.scheduler import Row, Scheduler

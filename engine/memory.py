@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-
-import jax
+from typing import Any
 
 from engine.config import EngineConfig, ResolvedConfig
 
@@ -28,19 +27,24 @@ class MemoryPlan:
         """-> lines for the start-up report."""
         tokens = (self.num_pages - 1) * self.page_size
         kv = self.num_pages * self.page_bytes
+        sizes = (
+            f"weights {_mib(self.weights)}, step temporaries {_mib(self.temporaries)}, slot tables {_mib(self.tables)}"
+        )
+        pages = f"{self.num_pages - 1} pages of {self.page_size} tokens = {tokens} tokens"
         return [
-            f"memory: weights {_mib(self.weights)}, step temporaries {_mib(self.temporaries)}, "
-            f"slot tables {_mib(self.tables)}, KV cache {_mib(kv)}",
-            f"KV cache: {self.num_pages - 1} pages of {self.page_size} tokens = {tokens} tokens, "
-            f"{tokens / max_model_len:.1f} sequences of {max_model_len}",
+            f"memory: {sizes}, KV cache {_mib(kv)}",
+            f"KV cache: {pages}, {tokens / max_model_len:.1f} sequences of {max_model_len}",
         ]
 
 
 def plan_memory(
-    config: EngineConfig, resolved: ResolvedConfig, device: jax.Device, *,
+    config: EngineConfig, resolved: ResolvedConfig, device: Any, *,
     weights: int, temporaries: int, tables: int, page_bytes: int,
 ) -> MemoryPlan:  # fmt: skip
-    """-> the plan. Errors: ValueError with the numbers and the setting to change, if not even one sequence fits."""
+    """-> the plan. Errors: ValueError with the numbers and the setting to change, if not even one sequence fits.
+
+    `device` is the jax.Device that holds it all.
+    """
     page = resolved.page_size
     least = -(-resolved.max_model_len // page) + 1
     most = resolved.max_num_seqs * (least - 1) + 1  # more could never be used at once

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +127,7 @@ class Runner:
             pairs = np.zeros((COPIES, 2), np.int32)  # page 0 onto itself where there are fewer
             pairs[: len(plan.copies) - i] = plan.copies[i : i + COPIES]
             caches = self._copy_pages(self.state.kv_caches, pairs[:, 0].copy(), pairs[:, 1].copy())
-            self.state = self.state.replace(kv_caches=caches)
+            self.state = replace(self.state, kv_caches=caches)
         flat = self.builder.build(plan, shape)
         self.state, output = self.executables[shape](self.params, self.state, flat)
         output.sampled.token.copy_to_host_async()
@@ -139,12 +140,13 @@ class Runner:
     def _fill_slot(self, request: Request) -> None:
         row = slot_row(request, self.state.tables.tokens.shape[1], self.model.vocab_size)
         assert request.slot is not None
-        self.state = self.state.replace(tables=self._write_slot(self.state.tables, np.int32(request.slot), row))
+        tables = self._write_slot(self.state.tables, np.int32(request.slot), row)
+        self.state = replace(self.state, tables=tables)
 
 
 def enable_compilation_cache(folder: str | None) -> None:
     """Keep compiled steps in JAX's persistent cache, unless the user has set one up already."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         path = Path(folder) if folder else Path.home() / ".cache" / "quire" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

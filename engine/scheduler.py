@@ -135,7 +135,7 @@ class Scheduler:
             self.num_waiting -= 1
 
     def _plan_running(self, plan: StepPlan) -> bool:
-        """Give every running request its tokens, preempting the last in line where pages run out. -> whether any was."""
+        """Give every running request its tokens. -> whether one had to be preempted, since pages ran out."""
         preempted = False
         for request in self._decodes_first():
             if request.slot is None or request.num_output_tokens >= request.max_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -74,7 +75,7 @@ def step(
 
     with jax.named_scope("prompt_logprobs"):
         asked = jax.lax.cond(part["wants_prompt_logprobs"] != 0, prompt, nothing, hidden)
-    return DeviceState(kv_caches, tables.replace(tokens=history)), StepOutput(out, asked)
+    return DeviceState(kv_caches, replace(tables, tokens=history)), StepOutput(out, asked)
 
 
 def write_slot(tables: SlotTables, slot: Array, row: SlotTables) -> SlotTables:

@@ -32,15 +32,15 @@ class NoModel:
         self.num_pages = rows * MAX_MODEL_LEN // PAGE + 1
         self.shapes = step_shapes(rows, 8192, MAX_MODEL_LEN // PAGE)
         self.builder = BatchBuilder(rows, MAX_MODEL_LEN // PAGE, PAGE)
-        self.tokens = np.random.default_rng(0).integers(1000, vocab_size, 1 << 16)
+        self.random = np.random.default_rng(0)
+        self.vocab_size = vocab_size
 
     def launch(self, plan) -> Launched:
         self.builder.build(plan, choose_shape(self.shapes, plan))
         return Launched(plan, SimpleNamespace())  # type: ignore[arg-type]
 
     def collect(self, launched: Launched) -> np.ndarray:
-        start = np.random.randint(len(self.tokens) - len(launched.plan.rows))
-        return self.tokens[start : start + len(launched.plan.rows)]
+        return self.random.integers(1000, self.vocab_size, len(launched.plan.rows))
 
 
 def main() -> None:

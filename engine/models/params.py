@@ -1,4 +1,4 @@
-"""The parameters of a model, declared once: shape and logical axes. From here come loading, random init and sharding."""
+"""The parameters of a model, declared once: shape and logical axes. Loading, random init and sharding start here."""
 
 from __future__ import annotations
 

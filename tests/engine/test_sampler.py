@@ -261,7 +261,7 @@ def test_a_row_that_is_not_a_number_fails_alone(bad, column):
 
 def test_a_ban_of_every_token_fails_the_row_instead_of_sampling_a_banned_one():
     requests = [
-        make_request([1], 1, temperature=t, allowed_token_ids=[7, 8], bad_words=[(1, 7), (8,)]) for t in (0.0, 1.0)
+        make_request([0, 1], 1, temperature=t, allowed_token_ids=[7, 8], bad_words=[(1, 7), (8,)]) for t in (0.0, 1.0)
     ]
     out = sample(np.zeros((2, VOCAB), np.float32), *make_batch(requests))
     assert out.token.tolist() == [-1, -1]
@@ -327,7 +327,7 @@ def test_allowed_tokens_are_the_only_ones_and_bias_moves_only_them():
         ({"min_tokens": 5, "eos": (20, 30), "logit_bias": {20: 100.0}}, 40),
     )
     for more, expected in cases:
-        request = make_request([1], 1, **wish, **more)
+        request = make_request([0, 1], 1, **wish, **more)
         assert allowed_next(request) <= {20, 30, 40}
         assert sample(logits[None], *make_batch([request])).token[0] == expected, more
 

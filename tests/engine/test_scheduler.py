@@ -77,7 +77,7 @@ def test_any_schedule_ends_with_every_page_back_and_every_token_right(r: random.
                 salt=r.choice(["", "", "a"]),
                 priority=priority,
                 stop=stop,
-            )  # fmt: skip
+            )
         )
     aborted = set()
     queue = list(arrivals)

@@ -16,9 +16,17 @@ from engine.models.families import from_gguf, from_hugging_face
 from engine.weights.load import GGUF, HF, LAYER_TENSORS, load_params, open_checkpoint
 
 CONFIG = dict(
-    architectures=["Qwen2ForCausalLM"], hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, vocab_size=60, max_position_embeddings=128, rms_norm_eps=2**-17, rope_theta=5000.0,
-)  # fmt: skip
+    architectures=["Qwen2ForCausalLM"],
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=60,
+    max_position_embeddings=128,
+    rms_norm_eps=2**-17,
+    rope_theta=5000.0,
+)
 LLAMA = CONFIG | {"architectures": ["LlamaForCausalLM"]}
 K, G, H, D = 2, 2, 8, 32
 

@@ -146,7 +146,7 @@ class Runner:
 
 def enable_compilation_cache(folder: str | None) -> None:
     """Keep compiled steps in JAX's persistent cache, unless the user has set one up already."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         path = Path(folder) if folder else Path.home() / ".cache" / "quire" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 
-from engine.config import make_config
 from engine.request import SamplingParams
 
 FLAGS = flags.FLAGS
@@ -21,6 +20,7 @@ flags.DEFINE_integer("max_model_len", 2048, "Longest conversation, in tokens.", 
 
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
+    logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
     question = " ".join(arguments[1:])
     if not question:
         raise app.UsageError("what is the question?")
@@ -28,13 +28,16 @@ def main(arguments: list[str]) -> None:
     from engine.weights.default_model import default_model
 
     model = FLAGS.model or str(default_model())
-    make_config(model=model)
     messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
     messages.append({"role": "user", "content": question})
-    llm = LLM(model=model, max_model_len=FLAGS.max_model_len, max_num_seqs=1, max_num_batched_tokens=256)
-    params = SamplingParams(temperature=FLAGS.temperature, max_tokens=FLAGS.max_tokens, seed=FLAGS.seed)
+    try:
+        llm = LLM(model=model, max_model_len=FLAGS.max_model_len, max_num_seqs=1, max_num_batched_tokens=256)
+        params = SamplingParams(temperature=FLAGS.temperature, max_tokens=FLAGS.max_tokens, seed=FLAGS.seed)
+        answer = llm.stream(llm.chat_prompt(messages), params)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     first, count = None, 0
-    for update in llm.stream(llm.chat_prompt(messages), params):
+    for update in answer:
         first = first or time.perf_counter()
         count += len(update.token_ids)
         print(update.text, end="", flush=True)

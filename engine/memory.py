@@ -57,9 +57,10 @@ def plan_memory(
             room, source = int(_ram_bytes() * CPU_SHARE), "kv_cache_memory_bytes (its default is 10 % of RAM)"
             room = min(room, most * page_bytes)
         else:
-            total = device.memory_stats()["bytes_limit"]
-            room = int(total * config.gpu_memory_utilization) - weights - temporaries - tables - RESERVE
-            source = f"gpu_memory_utilization {config.gpu_memory_utilization} of {_mib(total)}"
+            limit = device.memory_stats()["bytes_limit"]  # on a GPU, the pool that `limit_gpu_pool` has asked for
+            share = 1 if device.platform == "gpu" else config.gpu_memory_utilization
+            room = int(limit * share) - weights - temporaries - tables - RESERVE
+            source = f"gpu_memory_utilization {config.gpu_memory_utilization}, which gives {_mib(int(limit * share))}"
         num_pages = max(room, 0) // page_bytes
     plan = MemoryPlan(weights, temporaries, tables, page_bytes, num_pages, page)
     if num_pages < least:
@@ -69,6 +70,11 @@ def plan_memory(
             f"temporaries {_mib(temporaries)}; lower max_model_len or raise {source}"
         )
     return plan
+
+
+def limit_gpu_pool(config: EngineConfig) -> None:
+    """Ask JAX's GPU allocator for our share of the card and no more; it reads this variable when a backend starts."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
 
 
 def _ram_bytes() -> int:

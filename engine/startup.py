@@ -11,6 +11,7 @@ import jax
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.memory import limit_gpu_pool
 from engine.models.params import random_params
 from engine.runner import Runner, enable_compilation_cache
 from engine.tokenizer_files import load_tokenizer
@@ -25,6 +26,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault."""
     started = time.perf_counter()
     enable_compilation_cache(config.compilation_cache_dir)
+    limit_gpu_pool(config)
     path, dummy = Path(config.model), config.load_format == "dummy"
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
     model = checkpoint.config if checkpoint else read_config(path)[1]

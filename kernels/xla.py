@@ -15,8 +15,9 @@ from jax import Array
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, RaggedBatch
 
-KV_CHUNK = 256  # tokens of context in one turn of a loop
+KV_CHUNK = 256  # tokens of a row's context in one turn of a loop
 Q_BLOCK = 64  # query tokens of a row in one turn
+DECODE_CHUNK = 2048  # tokens of context of all rows together in one turn: what is gathered should stay in the CPU's cache
 
 
 class Cache(NamedTuple):
@@ -43,12 +44,11 @@ def update_and_attend(
         cache.k.at[batch.write_page, :, batch.write_offset].set(k.astype(cache.k.dtype)),
         cache.v.at[batch.write_page, :, batch.write_offset].set(v.astype(cache.v.dtype)),
     )
-    num_rows, chunk_pages = batch.page_table.shape[0], max(KV_CHUNK // cache.k.shape[2], 1)
-    table = jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % chunk_pages)))
-    out = _decode(q[:num_rows], cache, table, chunk_pages, batch, spec)
+    num_rows = batch.page_table.shape[0]
+    out = _decode(q[:num_rows], cache, batch, spec)
     if q.shape[0] > num_rows:  # else every row has one token at most
         out = jnp.pad(out, ((0, q.shape[0] - num_rows), (0, 0), (0, 0), (0, 0)))
-        out = _prefill(q, out, cache, table, chunk_pages, batch, spec)
+        out = _prefill(q, out, cache, batch, spec)
     return out, cache
 
 
@@ -89,10 +89,17 @@ def _gather(pages: Array, which: Array) -> Array:
     return chunk.reshape(*chunk.shape[:-3], -1, chunk.shape[-1])
 
 
-def _decode(q: Array, cache: Cache, table: Array, chunk_pages: int, batch: RaggedBatch, spec: AttentionSpec) -> Array:
+def _chunked(table: Array, chunk_tokens: int, page_size: int) -> tuple[Array, int]:
+    """-> the page table [S, P], padded to whole chunks, and the pages in a chunk."""
+    pages = max(chunk_tokens // page_size, 1)
+    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages))), pages
+
+
+def _decode(q: Array, cache: Cache, batch: RaggedBatch, spec: AttentionSpec) -> Array:
     """q [S, K, G, D], one token a row; rows that are no decodes give zeros."""
-    num_rows = q.shape[0]
-    chunk = chunk_pages * cache.k.shape[2]
+    num_rows, page_size = q.shape[0], cache.k.shape[2]
+    table, chunk_pages = _chunked(batch.page_table, min(DECODE_CHUNK // num_rows, KV_CHUNK), page_size)
+    chunk = chunk_pages * page_size
     lens = jnp.where(jnp.arange(num_rows) < batch.num_decodes, batch.kv_lens, 0)
     first = jnp.zeros_like(lens) if spec.window is None else jnp.maximum(lens - spec.window, 0)
     begin = jnp.min(jnp.where(lens > 0, first, lens.max())) // chunk
@@ -107,12 +114,11 @@ def _decode(q: Array, cache: Cache, table: Array, chunk_pages: int, batch: Ragge
     return _finish(jax.lax.fori_loop(begin, end, body, _start(q.shape)), q.dtype)
 
 
-def _prefill(
-    q: Array, out: Array, cache: Cache, table: Array, chunk_pages: int, batch: RaggedBatch, spec: AttentionSpec
-) -> Array:
+def _prefill(q: Array, out: Array, cache: Cache, batch: RaggedBatch, spec: AttentionSpec) -> Array:
     """q, out [T, K, G, D] -> out with the rows from num_decodes on filled in."""
     num_tokens, K, G, D = q.shape
     block = min(Q_BLOCK, num_tokens)
+    table, chunk_pages = _chunked(batch.page_table, KV_CHUNK, cache.k.shape[2])
     chunk = chunk_pages * cache.k.shape[2]
     room = ((0, block), (0, 0), (0, 0), (0, 0))  # the last block of a row may reach past the last token
     q, out = jnp.pad(q, room), jnp.pad(out, room)

@@ -55,7 +55,12 @@ def apply_rope(x: Array, tables: tuple[Array, Array]) -> Array:
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
 
 
+def project(x: Array, weight: Array) -> Array:
+    """x [T, D], weight [D, ...] -> [T, ...]. One plain product: an einsum over several axes may copy the weight."""
+    return (x @ weight.reshape(weight.shape[0], -1)).reshape(x.shape[0], *weight.shape[1:])
+
+
 def gated_mlp(x: Array, gate_up: Array, down: Array, activation: str) -> Array:
     """x [T, D], gate_up [D, 2, F], down [F, D] -> [T, D] (SwiGLU, Shazeer 2020)."""
-    y = jnp.einsum("td,dcf->tcf", x, gate_up)
+    y = project(x, gate_up)
     return (ACTIVATIONS[activation](y[:, 0]) * y[:, 1]) @ down

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.models.config import ModelConfig
-from engine.models.layers import apply_rope, gated_mlp, rms_norm, rope_tables
+from engine.models.layers import apply_rope, gated_mlp, project, rms_norm, rope_tables
 from engine.models.params import Params
 from kernels.attention import AttentionSpec, Backend, RaggedBatch
 
@@ -56,7 +56,7 @@ def _layer(
 ) -> tuple[Array, Any]:
     with jax.named_scope("attention"):
         h = rms_norm(x, p["attn_norm"], config.norm_eps)
-        qkv = jnp.einsum("td,dkgh->tkgh", h, p["qkv"])
+        qkv = project(h, p["qkv"])
         if config.qkv_bias:
             qkv = qkv + p["qkv_bias"][None]
         q, k, v = qkv[:, :, : config.group], qkv[:, :, config.group], qkv[:, :, config.group + 1]
@@ -67,7 +67,7 @@ def _layer(
         # A masked value still meets a weight of 0, and 0 * NaN is NaN: one bad row must not reach others through pages.
         v = jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
         attended, kv_cache = backend.update_and_attend(q, k, v, kv_cache, batch, spec)
-        x = x + jnp.einsum("tkgh,kghd->td", attended, p["out"])
+        x = x + attended.reshape(x.shape[0], -1) @ p["out"].reshape(-1, x.shape[1])
     with jax.named_scope("mlp"):
         h = rms_norm(x, p["mlp_norm"], config.norm_eps)
         return x + gated_mlp(h, p["gate_up"], p["down"], config.activation), kv_cache

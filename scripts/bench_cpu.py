@@ -3,8 +3,8 @@
     python scripts/bench_cpu.py                              # Quire alone: a minute, and what compiling takes
     python scripts/bench_cpu.py --transformers OTHER/python  # after transformers in float32, run by a Python with torch
 
-Every time is the best of `--repeats` runs of `LLM.generate`, greedy, on prompts of random tokens that no other run
-has. "decode" leaves the first tokens out: it counts the rest, in the time of a run less that of one that ends after
+Every time is the best of `--repeats` runs of `LLM.generate`, greedy, on prompts of random tokens, with an empty prefix
+cache. "decode" leaves the first tokens out: it counts the rest, in the time of a run less that of one that ends after
 them. The machine's limits are measured in the same run: how fast memory is read, and float32 matrices are multiplied.
 A figure's share is of the rate at which its bytes (the weights once a step, each row's KV cache) or its operations,
 whichever take longer, would leave the machine busy all the time.
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import LLM, RequestOutput, SamplingParams
+from engine import LLM, SamplingParams
 from engine.models.params import num_bytes, param_specs
 from engine.weights.default_model import default_model
 
@@ -47,13 +47,10 @@ class Workload:
     input_len: int
     output_len: int
 
-    def prompts(self, seed: int) -> list[list[int]]:
-        """-> random ordinary tokens."""
-        draw = random.Random(f"{self} {seed}")
+    def prompts(self) -> list[list[int]]:
+        """-> random ordinary tokens, the same each time."""
+        draw = random.Random(0)
         return [[draw.randrange(1_000, 30_000) for _ in range(self.input_len)] for _ in range(self.count)]
-
-    def to_first_tokens(self) -> Workload:
-        return dataclasses.replace(self, output_len=1)
 
     def rates(self, seconds: float, seconds_to_first: float) -> dict[str, float]:
         """-> tokens a second, by what they count."""
@@ -65,7 +62,7 @@ class Workload:
         }
 
 
-WORKLOADS = {"batch 1": Workload(1, 128, 128), "32 requests": Workload(32, 128, 128), "prefill": Workload(8, 512, 1)}
+WORKLOADS = {"batch 1": Workload(1, 128, 128), "32 requests": Workload(32, 32, 128), "prefill": Workload(8, 512, 1)}
 
 
 # The machine
@@ -159,25 +156,20 @@ def model_costs(llm: LLM) -> Costs:
 
 
 def run(llm: LLM, workload: Workload, repeats: int) -> tuple[float, list[list[int]]]:
-    """-> (seconds of the fastest run, tokens of the first)."""
+    """-> (seconds of the fastest run, tokens of the last). Errors: SystemExit if tokens are too few or no tokens."""
     params = SamplingParams(temperature=0, max_tokens=workload.output_len, ignore_eos=True, detokenize=False)
-    times, first = [], []
-    for seed in range(repeats):
-        prompts = [{"prompt_token_ids": ids} for ids in workload.prompts(seed)]
+    prompts = [{"prompt_token_ids": ids} for ids in workload.prompts()]
+    vocab_size, times, tokens = llm.core.model_config.vocab_size, [], []
+    for _ in range(repeats):
+        llm.reset_prefix_cache()
         started = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         times.append(time.perf_counter() - started)
-        check_tokens(outputs, workload.output_len, llm.core.model_config.vocab_size)
-        first = first or [output.outputs[0].token_ids for output in outputs]
-    return min(times), first
-
-
-def check_tokens(outputs: list[RequestOutput], output_len: int, vocab_size: int) -> None:
-    """Errors: SystemExit unless each output has all its tokens, all of them in the vocabulary."""
-    for output in outputs:
-        tokens = output.outputs[0].token_ids
-        if len(tokens) != output_len or not all(0 <= token < vocab_size for token in tokens):
-            raise SystemExit(f"request {output.request_id}: {len(tokens)} of {output_len} tokens: {tokens}")
+        tokens = [output.outputs[0].token_ids for output in outputs]
+        for ids in tokens:
+            if len(ids) != workload.output_len or not all(0 <= token < vocab_size for token in ids):
+                raise SystemExit(f"wanted {workload.output_len} tokens below {vocab_size}, got {ids}")
+    return min(times), tokens
 
 
 def check_answer(llm: LLM) -> None:
@@ -198,7 +190,7 @@ def run_transformers(python: str, gguf: Path, repeats: int) -> dict[str, Any]:
         for way in WAYS[: workload.count]:
             for output_len in {workload.output_len, 1}:
                 plan[f"{name}/{way}/{output_len}"] = {
-                    "prompts": workload.prompts(seed=0),
+                    "prompts": workload.prompts(),
                     "output_len": output_len,
                     "batched": way == "batched",
                     "repeats": repeats,
@@ -266,7 +258,7 @@ def main() -> None:
 
     figures, agreement = [], {}
     for name, workload in WORKLOADS.items():
-        to_first, _ = run(llm, workload.to_first_tokens(), args.repeats)
+        to_first, _ = run(llm, dataclasses.replace(workload, output_len=1), args.repeats)
         seconds, tokens = run(llm, workload, args.repeats)
         limits = costs.limit_rates(workload, machine)
         theirs = transformers_rates(name, workload, peer["results"]) if peer else {}

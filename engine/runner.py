@@ -95,6 +95,7 @@ class Runner:
 
     def _compile_all(self, state: DeviceState, report: Callable[[str], None]) -> dict[StepShape, Any]:
         started = time.perf_counter()
+        report(f"compiling {len(self.shapes)} step shapes")
         executables = {}
         with ThreadPoolExecutor(4) as pool, tqdm(total=len(self.shapes), desc="compiling", disable=None) as bar:
             for shape, executable in pool.map(lambda s: (s, self._compile(s, state)), self.shapes):

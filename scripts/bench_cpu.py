@@ -1,4 +1,4 @@
-"""Speed of SmolLM2-135M on this machine's CPU: at batch 1, for 32 requests at once, and of prefill.
+"""Speed of SmolLM2-135M on this machine's CPU: at batch 1, for 32 short and 32 longer prompts at once, and of prefill.
 
     python scripts/bench_cpu.py                              # Quire alone: a minute, and what compiling takes
     python scripts/bench_cpu.py --transformers OTHER/python  # after transformers in float32, run by a Python with torch
@@ -62,7 +62,12 @@ class Workload:
         }
 
 
-WORKLOADS = {"batch 1": Workload(1, 128, 128), "32 requests": Workload(32, 32, 128), "prefill": Workload(8, 512, 1)}
+WORKLOADS = {
+    "batch 1": Workload(1, 128, 128),
+    "32 questions": Workload(32, 32, 128),
+    "32 requests": Workload(32, 128, 128),
+    "prefill": Workload(8, 512, 1),
+}
 
 
 # The machine

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 KV_CHUNK = 256  # tokens of a row's context in one turn of a loop
 Q_BLOCK = 64  # query tokens of a row in one turn
-DECODE_CHUNK = (
-    2048  # tokens of context of all rows together in one turn: what is gathered should stay in the CPU's cache
-)
+DECODE_CHUNK = 2048  # the same over all rows of a decode: what a turn gathers should stay in the cache
 
 
 class Cache(NamedTuple):

@@ -86,27 +86,19 @@ class EngineCore:
     ) -> Group:
         """-> the request, tokenized and checked. Errors: RequestError that names the field."""
         if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
-            if unknown or not {"prompt", "prompt_token_ids"} & set(prompt):
-                raise RequestError(
-                    "prompt", f"a dictionary holds prompt or prompt_token_ids, and cache_salt; got {sorted(prompt)}"
-                )
             cache_salt = prompt.get("cache_salt", cache_salt)
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        else:
-            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        if ids is None:
-            if not isinstance(text, str) or not text:
-                raise RequestError("prompt", f"must be non-empty text or token ids, got {text!r:.80}")
-            ids = self._need_tokenizer("prompt").encode(text)
-        token_ids = self._checked_ids(ids)
+        if not isinstance(cache_salt, str):
+            raise RequestError("cache_salt", f"must be text, got {cache_salt!r:.80}")
+        if type(priority) is not int:
+            raise RequestError("priority", f"must be an integer, got {priority!r:.80}")
+        text, token_ids = self._read_prompt(prompt)
         limit = self.resolved.max_model_len
         if len(token_ids) >= limit:
             raise RequestError(
                 "prompt", f"{len(token_ids)} tokens leave no room to answer: max_model_len is {limit} tokens"
             )
-        if params.detokenize and self.tokenizer is None:
-            params = params.replace(detokenize=False, stop=None)
+        if params.stop:
+            self._need_tokenizer("stop")
         group = Group(request_id, text, token_ids, params, RequestMetrics(time.time()), priority, cache_salt)
         seed = self._random.getrandbits(64) if params.seed is None else params.seed
         eos = self.tokenizer.eos_token_ids if self.tokenizer and not params.ignore_eos else ()
@@ -274,7 +266,21 @@ class EngineCore:
             raise RequestError(field, "text needs a tokenizer, and this model was loaded without one")
         return self.tokenizer
 
-    def _checked_ids(self, ids: Any) -> list[int]:
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """-> a prompt's text, if it has one, and its tokens."""
+        if isinstance(prompt, Mapping):
+            forms = {"prompt", "prompt_token_ids"}
+            if set(prompt) - forms - {"cache_salt"} or not forms & set(prompt):
+                raise RequestError(
+                    "prompt", f"a dictionary holds prompt or prompt_token_ids, and cache_salt; got {sorted(prompt)}"
+                )
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        else:
+            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        if ids is None:
+            if not isinstance(text, str) or not text:
+                raise RequestError("prompt", f"must be non-empty text or token ids, got {text!r:.80}")
+            ids = self._need_tokenizer("prompt").encode(text)
         if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)) or not len(ids):
             raise RequestError("prompt", f"token ids must be a non-empty list of integers, got {ids!r:.80}")
         for token in ids:
@@ -282,7 +288,7 @@ class EngineCore:
                 raise RequestError(
                     "prompt", f"token ids must be integers in [0, {self.model_config.vocab_size}), got {token!r:.80}"
                 )
-        return list(ids)
+        return text, list(ids)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """-> each bad word as tokens, as it reads at a text's start and after a space."""

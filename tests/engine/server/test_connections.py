@@ -165,8 +165,13 @@ def test_connections_are_capped():
         first = [stack.enter_context(connection(server)) for _ in range(8)]
         first[-1].sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         assert b"503" in first[-1].recv(1000)
-        many = [stack.enter_context(connection(server)) for _ in range(100)]
-        assert is_closed_by_server(many[-1], 5)
+        last = first[-1]
+        try:
+            for _ in range(100):
+                last = stack.enter_context(connection(server))
+            assert is_closed_by_server(last, 5)
+        except ConnectionResetError:
+            pass  # closed even before connecting had returned
         stack.close()
         wait_until(server.is_ready)
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, RaggedBatch
 
 KV_CHUNK = 256  # tokens of a row's context in one turn of a loop
-Q_BLOCK = 64  # query tokens of a row in one turn
-DECODE_CHUNK = 2048  # the same over all rows of a decode: what a turn gathers should stay in the cache
+Q_BLOCK = 128  # query tokens of a row in one turn
+DECODE_CHUNK = 2048  # tokens of all rows of a decode in one turn, so that what it gathers stays in the cache
 
 
 class Cache(NamedTuple):
@@ -82,34 +82,36 @@ def _finish(state: _Softmax, dtype: jnp.dtype) -> Array:
     return (state.value / jnp.where(state.total > 0, state.total, 1.0)).astype(dtype)
 
 
-def _gather(pages: Array, which: Array) -> Array:
-    """pages [N, K, page_size, D], which [..., C] -> [..., K, C * page_size, D]."""
-    heads = jnp.arange(pages.shape[1]).reshape((1,) * (which.ndim - 1) + (-1, 1))
-    chunk = pages[which[..., None, :], heads]
-    return chunk.reshape(*chunk.shape[:-3], -1, chunk.shape[-1])
+def _gather(pages: Array, table: Array, turn: Array, chunk: int) -> Array:
+    """pages [N, K, page_size, D], table [..., P] -> tokens [turn * chunk, (turn + 1) * chunk): [..., K, chunk, D].
 
-
-def _chunked(table: Array, chunk_tokens: int, page_size: int) -> tuple[Array, int]:
-    """-> the page table [S, P], padded to whole chunks, and the pages in a chunk."""
-    pages = max(chunk_tokens // page_size, 1)
-    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages))), pages
+    A page is taken whole, or in parts where it is larger than a chunk. What lies beyond the table is any page.
+    """
+    num_pages, num_heads, page_size, head_dim = pages.shape
+    unit = min(page_size, chunk)
+    at = turn * (chunk // unit) + jnp.arange(chunk // unit)
+    part = at % (page_size // unit)
+    page = jnp.take(table, at // (page_size // unit), axis=-1, mode="clip")
+    heads = jnp.arange(num_heads).reshape((1,) * (table.ndim - 1) + (-1, 1))
+    part = part.reshape((1,) * table.ndim + (-1,))
+    taken = pages.reshape(num_pages, num_heads, -1, unit, head_dim)[page[..., None, :], heads, part]
+    return taken.reshape(*taken.shape[:-3], chunk, head_dim)
 
 
 def _decode(q: Array, cache: Cache, batch: RaggedBatch, spec: AttentionSpec) -> Array:
     """q [S, K, G, D], one token a row; rows that are no decodes give zeros."""
-    num_rows, page_size = q.shape[0], cache.k.shape[2]
-    table, chunk_pages = _chunked(batch.page_table, min(DECODE_CHUNK // num_rows, KV_CHUNK), page_size)
-    chunk = chunk_pages * page_size
+    num_rows = q.shape[0]
+    chunk = min(max(1 << (DECODE_CHUNK // num_rows).bit_length() - 1, 16), KV_CHUNK)
     lens = jnp.where(jnp.arange(num_rows) < batch.num_decodes, batch.kv_lens, 0)
     first = jnp.zeros_like(lens) if spec.window is None else jnp.maximum(lens - spec.window, 0)
     begin = jnp.min(jnp.where(lens > 0, first, lens.max())) // chunk
     end = -(-lens.max() // chunk)
 
     def body(i: Array, state: _Softmax) -> _Softmax:
-        pages = jax.lax.dynamic_slice(table, (0, i * chunk_pages), (num_rows, chunk_pages))
+        k, v = (_gather(pages, batch.page_table, i, chunk) for pages in cache)
         at = i * chunk + jnp.arange(chunk)[None, :]
         visible = (at < lens[:, None]) & (at >= first[:, None])
-        return _extend(state, q, _gather(cache.k, pages), _gather(cache.v, pages), visible[:, None, None, :], spec)
+        return _extend(state, q, k, v, visible[:, None, None, :], spec)
 
     return _finish(jax.lax.fori_loop(begin, end, body, _start(q.shape)), q.dtype)
 
@@ -118,8 +120,6 @@ def _prefill(q: Array, out: Array, cache: Cache, batch: RaggedBatch, spec: Atten
     """q, out [T, K, G, D] -> out with the rows from num_decodes on filled in."""
     num_tokens, K, G, D = q.shape
     block = min(Q_BLOCK, num_tokens)
-    table, chunk_pages = _chunked(batch.page_table, KV_CHUNK, cache.k.shape[2])
-    chunk = chunk_pages * cache.k.shape[2]
     room = ((0, block), (0, 0), (0, 0), (0, 0))  # the last block of a row may reach past the last token
     q, out = jnp.pad(q, room), jnp.pad(out, room)
 
@@ -133,15 +133,15 @@ def _prefill(q: Array, out: Array, cache: Cache, batch: RaggedBatch, spec: Atten
         taken = taken.transpose(1, 2, 0, 3).reshape(K, G * block, D)
 
         def body(i: Array, state: _Softmax) -> _Softmax:
-            pages = jax.lax.dynamic_slice(table, (row, i * chunk_pages), (1, chunk_pages))[0]
-            at = i * chunk + jnp.arange(chunk)
+            k, v = (_gather(pages, batch.page_table[row], i, KV_CHUNK) for pages in cache)
+            at = i * KV_CHUNK + jnp.arange(KV_CHUNK)
             visible = at[None, :] <= position[:, None]
             if spec.window is not None:
                 visible &= at[None, :] > position[:, None] - spec.window
             visible = jnp.tile(visible, (G, 1))[None]
-            return _extend(state, taken, _gather(cache.k, pages), _gather(cache.v, pages), visible, spec)
+            return _extend(state, taken, k, v, visible, spec)
 
-        state = jax.lax.fori_loop(first // chunk, -(-last // chunk), body, _start(taken.shape))
+        state = jax.lax.fori_loop(first // KV_CHUNK, -(-last // KV_CHUNK), body, _start(taken.shape))
         result = _finish(state, q.dtype).reshape(K, G, block, D).transpose(2, 0, 1, 3)
         return jax.lax.dynamic_update_slice(out, result, (start, 0, 0, 0))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from engine.request import SamplingParams
 
@@ -20,7 +20,6 @@ flags.DEFINE_integer("max_model_len", 2048, "Longest conversation, in tokens.", 
 
 def main(arguments: list[str]) -> None:
     started = time.perf_counter()
-    logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
     question = " ".join(arguments[1:])
     if not question:
         raise app.UsageError("what is the question?")

@@ -26,7 +26,7 @@ def print_report(line: str) -> None:
 def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> EngineCore:
     """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault."""
     started = time.perf_counter()
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # else it tells of each backend that is not there
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it names each absent backend
     enable_compilation_cache(config.compilation_cache_dir)
     limit_gpu_pool(config)
     path, dummy = Path(config.model), config.load_format == "dummy"

@@ -26,6 +26,9 @@ class EngineConfig:
 
     model: str = _setting("", "A GGUF file, or a Hugging Face folder with safetensors.")
     tokenizer: str | None = _setting(None, "Where the tokenizer is, if not with the model.")
+    skip_tokenizer_init: bool = _setting(
+        False, "Load no tokenizer: prompts are token ids, no text comes back.", kind=bool
+    )
     load_format: str = _setting("auto", "'dummy' draws random weights of the model's shape.", choices=("auto", "dummy"))
     dtype: str = _setting("auto", "Of weights and activations; auto: float32 on CPU, else bfloat16.", choices=DTYPES)
     kv_cache_dtype: str = _setting("auto", "Of the KV cache; auto: as dtype.", choices=DTYPES)

@@ -34,7 +34,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     model = checkpoint.config if checkpoint else read_config(path)[1]
     resolved = config.resolve(model_max_len=model.max_model_len, platform=jax.devices()[0].platform)
     tokenizer = None
-    if config.tokenizer or not dummy:
+    if not config.skip_tokenizer_init and (config.tokenizer or not dummy):
         tokenizer = load_tokenizer(Path(config.tokenizer or config.model))
     if checkpoint is None or dummy:
         params = random_params(model, resolved.dtype, config.seed)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.request import Request
-from engine.sampler import request_flags
+from engine.sampler import is_plain, request_flags
 from engine.scheduler import StepPlan
 
 # A request's constants, by slot: int32, floats as their bits.
@@ -24,38 +24,68 @@ FLOAT_FIELDS = frozenset(SLOT_FIELDS[5:])
 
 
 class StepShape(NamedTuple):
-    """Rows, tokens and pages a row (S, T, P of a RaggedBatch) that one executable is made for."""
+    """Rows, tokens and pages a row (S, T, P of a RaggedBatch) that one executable is made for.
+
+    `plain`: no row asks for more of the sampler than a temperature (`sampler.is_plain`), and the rest is left out.
+    """
 
     rows: int
     tokens: int
     pages: int
+    plain: bool = False
 
 
 def step_shapes(max_num_seqs: int, max_num_batched_tokens: int, pages: int) -> list[StepShape]:
     """-> every bucket: decodes only (rows == tokens), and mixed steps for few rows and for all."""
-
-    def powers(low: int, high: int) -> list[int]:
-        return [*itertools.takewhile(lambda n: n < high, (low << i for i in itertools.count())), high]
-
-    decode = [StepShape(n, n, pages) for n in powers(1, max_num_seqs)]
+    decode = [StepShape(n, n, pages) for n in _powers(1, max_num_seqs)]
     most = max(max_num_batched_tokens, max_num_seqs + 1)  # a mixed step has more tokens than rows
-    sizes = sorted({min(16, most), *powers(min(64, most), most)})
+    sizes = sorted({min(16, most), *_powers(min(64, most), most)})
     few = min(8, max_num_seqs)
     mixed = [StepShape(rows, n, pages) for rows in sorted({few, max_num_seqs}) for n in sizes if n > rows]
     return decode + mixed
 
 
-def choose_shape(shapes: Sequence[StepShape], plan: StepPlan) -> StepShape:
-    """-> the smallest bucket that the plan fits: fewest tokens, then fewest rows."""
+def gpu_step_shapes(max_num_seqs: int, max_num_batched_tokens: int, pages: int) -> list[StepShape]:
+    """-> every bucket for a GPU: plain ones close to each other, and some of every kind for whatever is not plain.
+
+    The host reads the condition of a `lax.cond` on a GPU, so that a step with one waits for it: plain steps have none.
+    Decodes are 8 rows at least: XLA makes poor work of products with one row.
+    """
+    most = max(max_num_batched_tokens, max_num_seqs + 1)
+    few = min(8, max_num_seqs)
+    rows = [few]
+    while rows[-1] < max_num_seqs:
+        step = min(max(1 << (rows[-1].bit_length() - 2), 8), 32)
+        rows.append(min(rows[-1] + step, max_num_seqs))
+    sizes = _powers(min(64, most), most)
+    between = [n + n // 2 for n in sizes if n >= 512 and n + n // 2 < most]
+    plain = [StepShape(n, n, pages, True) for n in rows]
+    plain += [
+        StepShape(few, n, pages, True) for n in sorted({min(16, most), *sizes}) if n > few and (n <= 512 or n == most)
+    ]
+    plain += [StepShape(max_num_seqs, n, pages, True) for n in sorted({*sizes, *between}) if n > max_num_seqs > few]
+    full = [StepShape(n, n, pages) for n in sorted({few, min(64, max_num_seqs), max_num_seqs})]
+    full += [StepShape(max_num_seqs, n, pages) for n in sorted({sizes[-1], *sizes[-3::-2]}) if n > max_num_seqs]
+    return plain + full
+
+
+def _powers(low: int, high: int) -> list[int]:
+    """-> low, 2 low, 4 low ... and high."""
+    return [*itertools.takewhile(lambda n: n < high, (low << i for i in itertools.count())), high]
+
+
+def choose_shape(shapes: Sequence[StepShape], plan: StepPlan, plain: bool = False) -> StepShape:
+    """-> the smallest bucket that the plan fits: fewest tokens, then fewest rows. `plain`: whether all its rows are."""
     rows = len(plan.rows)
     decodes = plan.num_tokens == rows
-    fitting = [s for s in shapes if s.rows >= rows and s.tokens >= plan.num_tokens and (decodes or s.tokens > s.rows)]
-    return min(fitting, key=lambda s: (s.tokens, s.rows))
+    fits = lambda s: s.rows >= rows and s.tokens >= plan.num_tokens and (decodes or s.tokens > s.rows)
+    fitting = [s for s in shapes if fits(s) and (plain or not s.plain)]
+    return min(fitting, key=lambda s: (s.tokens, s.rows, not s.plain))
 
 
 def layout(shape: StepShape) -> dict[str, tuple[int, ...]]:
     """-> name and shape of each part of the flat input, in order."""
-    S, T, P = shape
+    S, T, P = shape[:3]
     per_row = ("kv_lens", "sample_at", "slots", "row_flags", "sample_positions")
     return {
         "num_rows": (), "num_decodes": (), "wants_prompt_logprobs": (),
@@ -99,13 +129,19 @@ class BatchBuilder:
         self.page_table = np.zeros((num_slots, pages), np.int32)
         self.num_pages = [0] * num_slots
         self.constants = np.zeros((num_slots, len(SLOT_FIELDS)), np.int32)
+        self.plain = [True] * num_slots
 
-    def build(self, plan: StepPlan, shape: StepShape) -> np.ndarray:
-        """-> the flat input [flat_size(shape)] int32 of a plan, padded to the bucket."""
+    def admit(self, plan: StepPlan) -> bool:
+        """Take in the plan's new requests, before `build`. -> whether all rows of the plan are plain."""
         for request in plan.admitted:
             assert request.slot is not None
             self.constants[request.slot] = slot_constants(request)
             self.num_pages[request.slot] = 0
+            self.plain[request.slot] = is_plain(request)
+        return all(self.plain[row.slot] for row in plan.rows)
+
+    def build(self, plan: StepPlan, shape: StepShape) -> np.ndarray:
+        """-> the flat input [flat_size(shape)] int32 of a plan whose requests are admitted, padded to the bucket."""
         flat = np.zeros(flat_size(shape), np.int32)
         parts = unpack(flat, shape)
         count = len(plan.rows)

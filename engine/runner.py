@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from engine.batch import BatchBuilder, StepShape, choose_shape, flat_size, step_shapes
+from engine.batch import BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
 from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
@@ -27,6 +28,7 @@ from engine.scheduler import StepPlan
 from engine.step import DeviceState, StepOutput, step, write_slot
 from kernels.attention import choose_backend, copy_pages
 
+COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
 COPIES = 8  # page copies in one launch; more take several
 
 
@@ -56,7 +58,8 @@ class Runner:
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
         pages_per_row = -(-resolved.max_model_len // page)
-        self.shapes = step_shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens, pages_per_row)
+        shapes = gpu_step_shapes if device.platform == "gpu" else step_shapes
+        self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens, pages_per_row)
         self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row, page)
         new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
 
@@ -75,7 +78,7 @@ class Runner:
             tables=_tree_bytes(state_spec(1).tables),
             page_bytes=_tree_bytes(state_spec(1).kv_caches),
         )  # fmt: skip
-        largest = max(self.shapes, key=lambda s: (s.tokens, s.rows))
+        largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
         if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
             num_pages = sizes(temporaries=0).num_pages
         else:
@@ -97,7 +100,8 @@ class Runner:
         started = time.perf_counter()
         report(f"compiling {len(self.shapes)} step shapes")
         executables = {}
-        with ThreadPoolExecutor(4) as pool, tqdm(total=len(self.shapes), desc="compiling", disable=None) as bar:
+        threads = min(os.cpu_count() or 1, COMPILERS)
+        with ThreadPoolExecutor(threads) as pool, tqdm(total=len(self.shapes), desc="compiling", disable=None) as bar:
             for shape, executable in pool.map(lambda s: (s, self._compile(s, state)), self.shapes):
                 executables[shape] = executable
                 bar.update()
@@ -120,7 +124,7 @@ class Runner:
 
     def launch(self, plan: StepPlan) -> Launched:
         """Start a step. Returns before the device has done it."""
-        shape = choose_shape(self.shapes, plan)
+        shape = choose_shape(self.shapes, plan, self.builder.admit(plan))
         for request in plan.admitted:
             if needs_slot_row(request):
                 self._fill_slot(request)

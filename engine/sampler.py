@@ -64,13 +64,14 @@ class SlotTables:
 
 @struct.dataclass
 class SampleOutput:
-    """Logprobs are natural logarithms of the raw softmax, before any edit; zeros unless an active row wants them."""
+    """Logprobs are natural logarithms of the raw softmax, before any edit; zeros unless an active row wants them, and
+    None where the whole step is plain."""
 
     token: Array  # i32[R]; -1: inactive, or no token can be told (NaN, +inf, nothing finite): fail that request alone
-    logprob: Array  # f32[R], of the token
-    rank: Array  # i32[R]; 1 + how many tokens have a larger raw logprob
-    top_ids: Array  # i32[R, num_logprobs], the most likely first
-    top_logprobs: Array  # f32[R, num_logprobs]
+    logprob: Array | None  # f32[R], of the token
+    rank: Array | None  # i32[R]; 1 + how many tokens have a larger raw logprob
+    top_ids: Array | None  # i32[R, num_logprobs], the most likely first
+    top_logprobs: Array | None  # f32[R, num_logprobs]
 
 
 # --- the host's side -------------------------------------------------------------------------------------------------
@@ -97,6 +98,14 @@ def request_flags(request: Request) -> int:
     flags |= USES_BAD_WORDS if request.bad_words else 0
     flags |= WANTS_LOGPROBS if params.logprobs is not None else 0
     return flags
+
+
+def is_plain(request: Request) -> bool:
+    """-> whether the request asks for no more of the sampler than a temperature: what `sample(plain=True)` does."""
+    params = request.params
+    cut = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+    return not (cut or logprobs or needs_slot_row(request))
 
 
 def needs_slot_row(request: Request) -> bool:
@@ -180,24 +189,30 @@ def _check_ids(name: str, token_ids, vocab_size: int) -> None:
 # --- the device's side -----------------------------------------------------------------------------------------------
 
 
-def sample(logits: Array, inp: SamplingInput, tables: SlotTables, *, num_logprobs: int = 20) -> SampleOutput:
+def sample(
+    logits: Array, inp: SamplingInput, tables: SlotTables, *, num_logprobs: int = 20, plain: bool = False
+) -> SampleOutput:
     """One token for each row.
 
     logits: f32[R, V]. A row's token depends on its own logits, parameters, seed and position alone: not on where in
     which batch it is. Random rows take the argmax of filtered logits + Gumbel noise, which draws from their softmax.
+    `plain`: every row's request `is_plain`; what that rules out is not even compiled, and neither is a `lax.cond`.
     """
     active = _has(inp, ACTIVE)
-    edited = edited_logits(logits, inp, tables)
+    edited = logits if plain else edited_logits(logits, inp, tables)
     best = jnp.max(edited, axis=1, keepdims=True)
 
     def draw() -> Array:
         noise = gumbel(inp.seed, inp.position, logits.shape[1])
-        scores = filtered_logits(edited, inp) + jnp.where(_is_random(inp)[:, None], noise, 0.0)
+        scores = _scaled(edited, inp) if plain else filtered_logits(edited, inp)
+        scores = scores + jnp.where(_is_random(inp)[:, None], noise, 0.0)
         return _first_index(scores == jnp.max(scores, axis=1, keepdims=True))
 
-    token = lax.cond(jnp.any(_is_random(inp)), draw, lambda: _first_index(edited == best))
+    token = draw() if plain else lax.cond(jnp.any(_is_random(inp)), draw, lambda: _first_index(edited == best))
     # XLA's maximum may drop a NaN, so the raw logits are looked at one by one.
     sound = jnp.all(logits < jnp.inf, axis=1) & jnp.isfinite(best[:, 0])
+    if plain:
+        return SampleOutput(jnp.where(active & sound, token, -1), None, None, None, None)
 
     def no_logprobs() -> tuple[Array, Array, Array, Array]:
         one, top = logits.shape[:1], (logits.shape[0], num_logprobs)
@@ -234,11 +249,15 @@ def filtered_logits(edited: Array, inp: SamplingInput) -> Array:
     edited: f32[R, V]. The result is edited / temperature, shifted so that each row's best token has 0, which keeps
     float32 precise where it matters. Greedy rows are shifted only.
     """
-    random = _is_random(inp)
-    temperature = jnp.where(random, inp.temperature, 1.0)[:, None]
-    scaled = (edited - jnp.max(edited, axis=1, keepdims=True)) / temperature
-    cut = random & ((inp.top_k > 0) | (inp.top_p < 1) | (inp.min_p > 0))
+    scaled = _scaled(edited, inp)
+    cut = _is_random(inp) & ((inp.top_k > 0) | (inp.top_p < 1) | (inp.min_p > 0))
     return lax.cond(jnp.any(cut), lambda x: _truncate(x, cut, inp), lambda x: x, scaled)
+
+
+def _scaled(edited: Array, inp: SamplingInput) -> Array:
+    """-> f32[R, V]: logits over temperature, each row's best at 0."""
+    temperature = jnp.where(_is_random(inp), inp.temperature, 1.0)[:, None]
+    return (edited - jnp.max(edited, axis=1, keepdims=True)) / temperature
 
 
 def raw_logprobs(logits: Array, token: Array, num_logprobs: int) -> tuple[Array, Array, Array, Array]:

@@ -42,7 +42,7 @@ class StepOutput:
     """What the host may read of a step. Rows are the plan's, then padding."""
 
     sampled: SampleOutput  # S rows
-    prompt: PromptLogprobs  # zeros unless a row asked
+    prompt: PromptLogprobs | None  # zeros unless a row asked, None in a plain step
 
 
 def step(
@@ -61,10 +61,15 @@ def step(
 
     with jax.named_scope("sample"):
         to_logits = lambda rows: logits(params, rows)
-        out = sample(to_logits(hidden[part["sample_at"]]), _sampling_input(part), tables, num_logprobs=MAX_LOGPROBS)
+        rows = to_logits(hidden[part["sample_at"]])
+        out = sample(rows, _sampling_input(part), tables, num_logprobs=MAX_LOGPROBS, plain=shape.plain)
         active = part["row_flags"] != 0
         slots = jnp.where(active, part["slots"], tables.tokens.shape[0])
         history = tables.tokens.at[slots, part["sample_positions"]].set(jnp.maximum(out.token, 0), mode="drop")
+
+    state = DeviceState(kv_caches, replace(tables, tokens=history))
+    if shape.plain:
+        return state, StepOutput(out, None)
 
     def prompt(hidden: Array) -> PromptLogprobs:
         return PromptLogprobs(*prompt_logprobs(to_logits, hidden, part["next_tokens"], num_logprobs=MAX_LOGPROBS))
@@ -75,7 +80,7 @@ def step(
 
     with jax.named_scope("prompt_logprobs"):
         asked = jax.lax.cond(part["wants_prompt_logprobs"] != 0, prompt, nothing, hidden)
-    return DeviceState(kv_caches, replace(tables, tokens=history)), StepOutput(out, asked)
+    return state, StepOutput(out, asked)
 
 
 def write_slot(tables: SlotTables, slot: Array, row: SlotTables) -> SlotTables:

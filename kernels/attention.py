@@ -15,6 +15,7 @@ from flax import struct
 from jax import Array
 
 from kernels import xla
+from kernels.cuda import attention as triton
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
+    "triton": Backend("triton", ("gpu",), triton.supports, triton.cache_spec, triton.update_and_attend),
     "xla": Backend("xla", ("cpu", "gpu", "tpu"), xla.supports, xla.cache_spec, xla.update_and_attend),
 }
 

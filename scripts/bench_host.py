@@ -36,7 +36,7 @@ class NoModel:
         self.vocab_size = vocab_size
 
     def launch(self, plan) -> Launched:
-        self.builder.build(plan, choose_shape(self.shapes, plan))
+        self.builder.build(plan, choose_shape(self.shapes, plan, self.builder.admit(plan)))
         return Launched(plan, SimpleNamespace())  # type: ignore[arg-type]
 
     def collect(self, launched: Launched) -> np.ndarray:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.batch import BatchBuilder, StepShape, choose_shape, step_shapes, unpack
+from engine.batch import BatchBuilder, StepShape, choose_shape, gpu_step_shapes, step_shapes, unpack
 from engine.scheduler import Row, StepPlan
 from tests.engine.fakes import make_request
+
+
+def _build(builder: BatchBuilder, plan: StepPlan, shape: StepShape) -> np.ndarray:
+    builder.admit(plan)
+    return builder.build(plan, shape)
 
 
 def _plan(*rows: tuple[list[int], int, int, list[int]]) -> StepPlan:
@@ -24,14 +29,19 @@ def _plan(*rows: tuple[list[int], int, int, list[int]]) -> StepPlan:
 
 @pytest.mark.parametrize("seqs", [1, 2, 3, 8, 32, 100])
 @pytest.mark.parametrize("budget", [1, 4, 16, 100, 512])
-def test_every_possible_plan_has_a_bucket(seqs: int, budget: int):
+@pytest.mark.parametrize("buckets", [step_shapes, gpu_step_shapes])
+@pytest.mark.parametrize("plain", [False, True])
+def test_every_possible_plan_has_a_bucket(plain: bool, buckets, seqs: int, budget: int):
     if budget < seqs:
         return
-    shapes = step_shapes(seqs, budget, 4)
+    shapes = buckets(seqs, budget, 4)
+    assert len(set(shapes)) == len(shapes)
     for rows in range(1, seqs + 1):
         for tokens in range(rows, budget + 1):
             plan = StepPlan([Row(None, 0, 0, 1, False)] * rows, num_tokens=tokens)  # type: ignore[arg-type]
-            shape = choose_shape(shapes, plan)
+            shape = choose_shape(shapes, plan, plain)
+            assert not shape.plain or plain
+            assert shape.plain == plain or buckets is step_shapes
             assert shape.rows >= rows and shape.tokens >= tokens
             assert tokens == rows or shape.tokens > shape.rows, "a chunk needs a mixed step"
 
@@ -39,7 +49,7 @@ def test_every_possible_plan_has_a_bucket(seqs: int, budget: int):
 def test_a_plan_becomes_ragged_arrays():
     shape = StepShape(4, 8, 3)
     plan = _plan(([7, 8, 9], 2, 1, [11]), ([1, 2, 3, 4, 5, 6], 1, 4, [21, 22]))
-    flat = BatchBuilder(num_slots=6, pages=3, page_size=4).build(plan, shape)
+    flat = _build(BatchBuilder(num_slots=6, pages=3, page_size=4), plan, shape)
     part = unpack(flat, shape)
     assert (part["num_rows"], part["num_decodes"]) == (2, 1)
     assert part["tokens"].tolist() == [9, 2, 3, 4, 5, 0, 0, 0]
@@ -55,14 +65,23 @@ def test_a_plan_becomes_ragged_arrays():
     assert part["temperature"].view(np.float32).tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_a_plan_is_plain_until_a_row_asks_for_more_than_a_temperature():
+    builder = BatchBuilder(num_slots=6, pages=3, page_size=4)
+    first, second = _plan(([7, 8], 0, 2, [11])), _plan(([7, 8], 0, 2, [11]), ([7, 8], 0, 2, [12]))
+    assert builder.admit(first)
+    second.admitted[1].params = second.admitted[1].params.replace(top_k=5)
+    assert not builder.admit(second)
+    assert builder.admit(first), "the slot's next request is judged anew"
+
+
 def test_a_token_that_is_still_being_sampled_is_named_by_its_slot():
     shape = StepShape(1, 1, 3)
-    flat = BatchBuilder(num_slots=6, pages=3, page_size=4).build(_plan(([7, 8, 9], 3, 1, [11])), shape)
+    flat = _build(BatchBuilder(num_slots=6, pages=3, page_size=4), _plan(([7, 8, 9], 3, 1, [11])), shape)
     assert unpack(flat, shape)["tokens"].tolist() == [-1 - 5]
 
 
 def test_a_slot_that_is_taken_again_forgets_its_pages():
     builder, shape = BatchBuilder(num_slots=6, pages=3, page_size=4), StepShape(1, 16, 3)
-    builder.build(_plan(([1] * 12, 0, 12, [11, 12, 13])), shape)
-    flat = builder.build(_plan(([1] * 6, 0, 6, [21, 22])), shape)
+    _build(builder, _plan(([1] * 12, 0, 12, [11, 12, 13])), shape)
+    flat = _build(builder, _plan(([1] * 6, 0, 6, [21, 22])), shape)
     assert unpack(flat, shape)["write_page"].tolist()[:6] == [21, 21, 21, 21, 22, 22]

@@ -482,6 +482,27 @@ def test_noise_is_standard_gumbel_without_correlation_between_neighbours():
 # --- what it costs
 
 
+def test_plain_rows_get_the_same_tokens_from_a_plain_step():
+    rng = np.random.default_rng(3)
+    rows = [make_request([1, 2, 3], 2, seed=i, temperature=[0.0, 0.7, 1.5][i % 3]) for i in range(ROWS)]
+    assert all(sampler.is_plain(row) for row in rows)
+    logits = rng.normal(size=(ROWS, VOCAB)).astype(np.float32)
+    logits[5, 7] = np.nan
+    logits[6] = 0.0
+    inp, tables = make_batch(rows)
+    plain = sampler.sample(jnp.asarray(logits), inp, tables, plain=True)
+    np.testing.assert_array_equal(plain.token, sample(logits, inp, tables).token)
+    assert plain.token[5] == -1 and plain.logprob is None
+
+
+@pytest.mark.parametrize(
+    "wish", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 0}, {"prompt_logprobs": 0}, {"min_tokens": 3},
+             {"presence_penalty": 0.5}, {"logit_bias": {1: 1.0}}],
+)  # fmt: skip
+def test_a_request_that_asks_for_more_than_a_temperature_is_not_plain(wish):
+    assert not sampler.is_plain(make_request([1, 2, 3], 2, eos=(5,), temperature=0.5, **wish))
+
+
 def test_what_no_row_asks_for_is_behind_a_condition():
     logits, _, inp, tables = random_batch(13, 8)
     jaxpr = jax.make_jaxpr(sampler.sample)(logits, inp, tables)

@@ -92,8 +92,13 @@ CASES = {
     "json_schema": (COMPLETIONS, {"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format"),
     "beam search": (COMPLETIONS, {"prompt": "x", "use_beam_search": True}, "use_beam_search"),
     "truncation": (COMPLETIONS, {"prompt": "x", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
-    "3,000 deep": (COMPLETIONS, '{"prompt": ' + DEEP + "}", None),
-    "3,000 deep in an unsupported field": (COMPLETIONS, '{"prompt": "x", "guided_json": ' + DEEP + "}", None),
+    # Which of the two it is depends on how deep this Python lets a parser go.
+    "3,000 deep": (COMPLETIONS, '{"prompt": ' + DEEP + "}", ("body", "prompt")),
+    "3,000 deep in an unsupported field": (
+        COMPLETIONS,
+        '{"prompt": "x", "guided_json": ' + DEEP + "}",
+        ("body", "guided_json"),
+    ),
     "unclosed, 100,000 deep": (COMPLETIONS, '{"prompt": ' + "[" * 100_000, None),
     "not JSON": (COMPLETIONS, "prompt=x", None),
     "no body": (COMPLETIONS, "", None),
@@ -146,7 +151,7 @@ def test_it_is_refused_by_name(server: Server, case):
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error"
-    assert error["param"] == (field or "body")
+    assert error["param"] in (field if isinstance(field, tuple) else (field or "body",))
     assert error["param"] in error["message"]
     assert len(error["message"]) <= 2000
     assert not server.core.groups

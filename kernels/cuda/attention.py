@@ -1,0 +1,103 @@
+"""Paged attention on NVIDIA GPUs: the cache's layout, the write, and the choice of kernels and their tiles.
+
+A layer's cache is one array [pages, 2, kv_heads, page_size, head_dim], keys then values: one scatter writes both, and a
+head's part of a page is one piece of memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels.cuda.decode import decode, num_splits
+from kernels.cuda.prefill import prefill
+from kernels.cuda.tile import Tiles, padded
+
+if TYPE_CHECKING:
+    from kernels.attention import AttentionSpec, RaggedBatch
+
+KV_DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_HEAD = 256
+
+
+def supports(spec: AttentionSpec, page_size: int, kv_dtype: str) -> str | None:
+    """See kernels.attention.Backend."""
+    if kv_dtype not in KV_DTYPES:
+        return f"no KV cache of dtype {kv_dtype}"
+    if page_size & (page_size - 1):
+        return f"no pages of {page_size} tokens: powers of two only"
+    if not 16 <= spec.head_dim <= LARGEST_HEAD:
+        return f"no heads of {spec.head_dim}: 16 to {LARGEST_HEAD} only"
+    return None
+
+
+def cache_spec(spec: AttentionSpec, num_pages: int, page_size: int, kv_dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((num_pages, 2, spec.num_kv_heads, page_size, spec.head_dim), kv_dtype)
+
+
+def decode_tiles(spec: AttentionSpec, dtype: jnp.dtype) -> Tiles:
+    """-> the decode kernel's: 16 query rows at least, which is what a tensor core takes."""
+    rows = max(padded(spec.group), 16)
+    wide = padded(spec.head_dim) * dtype.itemsize
+    return Tiles(rows, 32, 4, 3 if wide <= 256 else 2)
+
+
+def prefill_tiles(spec: AttentionSpec, dtype: jnp.dtype) -> Tiles:
+    """-> the prefill kernel's: as large as registers and shared memory allow."""
+    rows = max(padded(spec.group), 16)
+    wide = padded(spec.head_dim) * dtype.itemsize
+    if dtype.itemsize == 4:
+        return Tiles(max(rows, 32), 32, 4, 2)
+    return Tiles(max(rows, 128), 64, 4, 2) if wide <= 256 else Tiles(max(rows, 64), 32, 4, 2)
+
+
+def update_and_attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: Array,
+    batch: RaggedBatch,
+    spec: AttentionSpec,
+    *,
+    interpret: bool = False,
+    multiprocessors: int | None = None,
+    tiles: tuple[Tiles | None, Tiles | None] = (None, None),
+) -> tuple[Array, Array]:
+    """See kernels.attention.Backend. `multiprocessors`: if not this GPU's; `tiles`: decode's and prefill's."""
+    tokens, rows, page_size = q.shape[0], batch.page_table.shape[0], cache.shape[3]
+    cache = write(k, v, cache, batch)
+    flat = cache.reshape(-1, spec.head_dim)
+    out = None
+    if tokens > rows:  # else every row has one token at most
+        out = prefill(
+            q,
+            flat,
+            batch,
+            spec,
+            page_size=page_size,
+            tiles=tiles[1] or prefill_tiles(spec, q.dtype),
+            interpret=interpret,
+        )
+    processors: int = multiprocessors or jax.devices("gpu")[0].core_count  # type: ignore[assignment]
+    splits = num_splits(rows, spec.num_kv_heads, batch.page_table.shape[1] * page_size, processors)
+    tile = tiles[0] or decode_tiles(spec, q.dtype)
+    out = decode(q, out, flat, batch, spec, page_size=page_size, tiles=tile, splits=splits, interpret=interpret)
+    return out, cache
+
+
+def write(k: Array, v: Array, cache: Array, batch: RaggedBatch) -> Array:
+    """Put k and v [T, K, D] where the batch says, in place if the cache is donated; what goes to page 0 is dropped.
+
+    Rows of head_dim values are scattered over one flat axis: a scatter over two axes that are not next to each other
+    may make XLA transpose, and so copy, the whole cache.
+    """
+    K, page_size, D = cache.shape[2:]
+    flat = cache.reshape(-1, D)
+    part = jnp.arange(2 * K, dtype=jnp.int32)[None, :]
+    rows = (batch.write_page[:, None] * (2 * K) + part) * page_size + batch.write_offset[:, None]
+    rows = jnp.where(batch.write_page[:, None] > 0, rows, flat.shape[0])
+    both = jnp.concatenate([k, v], axis=1).astype(cache.dtype)
+    return flat.at[rows].set(both, mode="drop", unique_indices=True).reshape(cache.shape)

@@ -197,7 +197,6 @@ def _tensor_info(entry: _Entry, text: bytes, file: pathlib.Path, start: int, fie
 
 class _Index(msgspec.Struct):
     weight_map: msgspec.Raw
-    metadata: dict[str, str | int | float | bool | None] = {}
 
 
 _INDEX = msgspec.json.Decoder(_Index)

@@ -57,9 +57,11 @@ def plan_memory(
             room, source = int(_ram_bytes() * CPU_SHARE), "kv_cache_memory_bytes (its default is 10 % of RAM)"
             room = min(room, most * page_bytes)
         else:
-            limit = device.memory_stats()["bytes_limit"]  # on a GPU, the pool that `limit_gpu_pool` has asked for
+            stats = device.memory_stats()
+            limit = stats["bytes_limit"]  # on a GPU, the pool that `limit_gpu_pool` has asked for
             share = 1 if device.platform == "gpu" else config.gpu_memory_utilization
-            room = int(limit * share) - weights - temporaries - tables - RESERVE
+            in_use = max(stats["bytes_in_use"], weights)  # another engine of this process may hold some, too
+            room = int(limit * share) - in_use - temporaries - tables - RESERVE
             source = f"gpu_memory_utilization {config.gpu_memory_utilization}, which gives {_mib(int(limit * share))}"
         num_pages = max(room, 0) // page_bytes
     plan = MemoryPlan(weights, temporaries, tables, page_bytes, num_pages, page)

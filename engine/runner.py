@@ -80,12 +80,13 @@ class Runner:
         )  # fmt: skip
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
         if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
-            num_pages = sizes(temporaries=0).num_pages
+            plan = sizes(temporaries=0)
         else:
-            num_pages = sizes(temporaries=_temporaries(self._compile(largest, state_spec(pages_per_row + 1)))).num_pages
-        state = state_spec(num_pages)
+            plan = sizes(temporaries=_temporaries(self._compile(largest, state_spec(pages_per_row + 1))))
+        state = state_spec(plan.num_pages)
         self.executables = self._compile_all(state, report)
-        self.memory: MemoryPlan = sizes(temporaries=_temporaries(self.executables[largest]))
+        # Planned once: the pool must hand out the pages that the cache has, whatever compiling left in use since.
+        self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
         for line in self.memory.describe(resolved.max_model_len):
             report(line)
         zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state.kv_caches))

@@ -23,6 +23,8 @@ class AttentionSpec:
     """What one layer asks for. Each KV head serves `group` query heads; `scale` multiplies q.k.
 
     `window`: a token sees itself and window - 1 tokens before it. `soft_cap`: scores s become cap * tanh(s / cap).
+    `value_dim`: a token's value is the first value_dim entries of its key, and only keys are stored (multi-head latent
+    attention with absorbed projections, DeepSeek-V2 section 2.1); None: values are arrays of their own, of head_dim.
     """
 
     num_kv_heads: int
@@ -31,6 +33,7 @@ class AttentionSpec:
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    value_dim: int | None = None
 
 
 @struct.dataclass
@@ -54,8 +57,12 @@ class Backend(NamedTuple):
 
     supports(spec, page_size, kv_dtype) -> None, or why not.
     cache_spec(spec, num_pages, page_size, kv_dtype) -> tree of ShapeDtypeStruct; pages are every leaf's first axis.
-    update_and_attend(q [T, K, G, D], k [T, K, D], v [T, K, D], cache, batch, spec) -> (out [T, K, G, D], cache):
-        writes k and v into their pages, then attends causally from each token to its sequence so far.
+    update_and_attend(q [T, K, G, D], k [T, K, D], v [T, K, D], cache, batch, spec, *, sinks, kv_scales)
+        -> (out [T, K, G, D], cache): writes k and v into their pages, then attends causally from each token to its
+        sequence so far. With spec.value_dim, v is None and out [T, K, G, value_dim].
+        sinks [K, G] float32 or None: the logit of one more key without a value in each head's softmax (GPT-OSS).
+        kv_scales [2, K] float32 or None: what a head's stored keys and values are multiplied by when read; they are
+        divided by it, and kept within the dtype's range, when written.
     """
 
     name: str

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.storage import KV_DTYPES, stored
+
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, RaggedBatch
 
@@ -21,35 +23,75 @@ DECODE_CHUNK = 2048  # tokens of all rows of a decode in one turn, so that what 
 
 
 class Cache(NamedTuple):
-    """One layer's keys and values: each [pages, kv_heads, page_size, head_dim]."""
+    """One layer's keys and values: each [pages, kv_heads, page_size, head_dim]. No `v` where values are keys' parts."""
 
     k: Array
-    v: Array
+    v: Array | None
 
 
 def supports(spec: AttentionSpec, page_size: int, kv_dtype: str) -> str | None:
-    return None if kv_dtype in ("float32", "bfloat16", "float16") else f"no KV cache of dtype {kv_dtype}"
+    return None if kv_dtype in KV_DTYPES else f"no KV cache of dtype {kv_dtype}"
 
 
 def cache_spec(spec: AttentionSpec, num_pages: int, page_size: int, kv_dtype: str) -> Cache:
     shape = jax.ShapeDtypeStruct((num_pages, spec.num_kv_heads, page_size, spec.head_dim), kv_dtype)
-    return Cache(shape, shape)  # type: ignore[arg-type]
+    return Cache(shape, None if spec.value_dim else shape)  # type: ignore[arg-type]
 
 
 def update_and_attend(
-    q: Array, k: Array, v: Array, cache: Cache, batch: RaggedBatch, spec: AttentionSpec
+    q: Array,
+    k: Array,
+    v: Array | None,
+    cache: Cache,
+    batch: RaggedBatch,
+    spec: AttentionSpec,
+    *,
+    sinks: Array | None = None,
+    kv_scales: Array | None = None,
 ) -> tuple[Array, Cache]:
     """See kernels.attention.Backend."""
-    cache = Cache(
-        cache.k.at[batch.write_page, :, batch.write_offset].set(k.astype(cache.k.dtype)),
-        cache.v.at[batch.write_page, :, batch.write_offset].set(v.astype(cache.v.dtype)),
-    )
+    scales = (None, None) if kv_scales is None else tuple(kv_scales)
+
+    def write(pages: Array, new: Array, scale: Array | None) -> Array:
+        return pages.at[batch.write_page, :, batch.write_offset].set(stored(new, scale, pages.dtype))
+
+    values = None if v is None or cache.v is None else write(cache.v, v, scales[1])
+    cache = Cache(write(cache.k, k, scales[0]), values)
+    context = _Context(cache, kv_scales, q.dtype, spec)
     num_rows = batch.page_table.shape[0]
-    out = _decode(q[:num_rows], cache, batch, spec)
+    out = _decode(q[:num_rows], context, batch, sinks)
     if q.shape[0] > num_rows:  # else every row has one token at most
         out = jnp.pad(out, ((0, q.shape[0] - num_rows), (0, 0), (0, 0), (0, 0)))
-        out = _prefill(q, out, cache, batch, spec)
+        out = _prefill(q, out, context, batch, sinks)
     return out, cache
+
+
+class _Context(NamedTuple):
+    """Where keys and values are read from, and as what."""
+
+    cache: Cache
+    scales: Array | None
+    dtype: jnp.dtype
+    spec: AttentionSpec
+
+    @property
+    def value_dim(self) -> int:
+        return self.spec.value_dim or self.spec.head_dim
+
+    def read(self, table: Array, turn: Array, chunk: int) -> tuple[Array, Array]:
+        """-> keys and values of tokens [turn * chunk, (turn + 1) * chunk) of table [..., P]: [..., K, chunk, D]."""
+
+        def part(pages: Array, index: int) -> Array:
+            taken = _gather(pages, table, turn, chunk)
+            if taken.dtype.itemsize == 1:
+                taken = taken.astype(self.dtype)
+            if self.scales is None:
+                return taken
+            scale = self.scales[index].astype(taken.dtype)
+            return taken * scale.reshape((1,) * (taken.ndim - 3) + (-1, 1, 1))
+
+        k = part(self.cache.k, 0)
+        return k, k[..., : self.value_dim] if self.cache.v is None else part(self.cache.v, 1)
 
 
 class _Softmax(NamedTuple):
@@ -60,9 +102,13 @@ class _Softmax(NamedTuple):
     value: Array
 
 
-def _start(shape: tuple[int, ...]) -> _Softmax:
+def _start(shape: tuple[int, ...], sinks: Array | None) -> _Softmax:
+    """shape [..., K, Q, D]; sinks [K, Q], if given, count as a first key without a value."""
     column = (*shape[:-1], 1)
-    return _Softmax(jnp.full(column, -1e30), jnp.zeros(column), jnp.zeros(shape))
+    if sinks is None:
+        return _Softmax(jnp.full(column, -1e30), jnp.zeros(column), jnp.zeros(shape))
+    first = sinks.astype(jnp.float32).reshape((1,) * (len(shape) - 3) + (*sinks.shape, 1))
+    return _Softmax(jnp.broadcast_to(first, column), jnp.ones(column), jnp.zeros(shape))
 
 
 def _extend(state: _Softmax, q: Array, k: Array, v: Array, visible: Array, spec: AttentionSpec) -> _Softmax:
@@ -98,9 +144,9 @@ def _gather(pages: Array, table: Array, turn: Array, chunk: int) -> Array:
     return taken.reshape(*taken.shape[:-3], chunk, head_dim)
 
 
-def _decode(q: Array, cache: Cache, batch: RaggedBatch, spec: AttentionSpec) -> Array:
+def _decode(q: Array, context: _Context, batch: RaggedBatch, sinks: Array | None) -> Array:
     """q [S, K, G, D], one token a row; rows that are no decodes give zeros."""
-    num_rows = q.shape[0]
+    num_rows, spec = q.shape[0], context.spec
     chunk = min(max(1 << (DECODE_CHUNK // num_rows).bit_length() - 1, 16), KV_CHUNK)
     lens = jnp.where(jnp.arange(num_rows) < batch.num_decodes, batch.kv_lens, 0)
     first = jnp.zeros_like(lens) if spec.window is None else jnp.maximum(lens - spec.window, 0)
@@ -108,17 +154,19 @@ def _decode(q: Array, cache: Cache, batch: RaggedBatch, spec: AttentionSpec) -> 
     end = -(-lens.max() // chunk)
 
     def body(i: Array, state: _Softmax) -> _Softmax:
-        k, v = (_gather(pages, batch.page_table, i, chunk) for pages in cache)
+        k, v = context.read(batch.page_table, i, chunk)
         at = i * chunk + jnp.arange(chunk)[None, :]
         visible = (at < lens[:, None]) & (at >= first[:, None])
         return _extend(state, q, k, v, visible[:, None, None, :], spec)
 
-    return _finish(jax.lax.fori_loop(begin, end, body, _start(q.shape)), q.dtype)
+    start = _start((*q.shape[:-1], context.value_dim), sinks)
+    return _finish(jax.lax.fori_loop(begin, end, body, start), q.dtype)
 
 
-def _prefill(q: Array, out: Array, cache: Cache, batch: RaggedBatch, spec: AttentionSpec) -> Array:
-    """q, out [T, K, G, D] -> out with the rows from num_decodes on filled in."""
+def _prefill(q: Array, out: Array, context: _Context, batch: RaggedBatch, sinks: Array | None) -> Array:
+    """q [T, K, G, D], out [T, K, G, value_dim] -> out with the rows from num_decodes on filled in."""
     num_tokens, K, G, D = q.shape
+    spec, value_dim = context.spec, context.value_dim
     block = min(Q_BLOCK, num_tokens)
     room = ((0, block), (0, 0), (0, 0), (0, 0))  # the last block of a row may reach past the last token
     q, out = jnp.pad(q, room), jnp.pad(out, room)
@@ -133,7 +181,7 @@ def _prefill(q: Array, out: Array, cache: Cache, batch: RaggedBatch, spec: Atten
         taken = taken.transpose(1, 2, 0, 3).reshape(K, G * block, D)
 
         def body(i: Array, state: _Softmax) -> _Softmax:
-            k, v = (_gather(pages, batch.page_table[row], i, KV_CHUNK) for pages in cache)
+            k, v = context.read(batch.page_table[row], i, KV_CHUNK)
             at = i * KV_CHUNK + jnp.arange(KV_CHUNK)
             visible = at[None, :] <= position[:, None]
             if spec.window is not None:
@@ -141,8 +189,10 @@ def _prefill(q: Array, out: Array, cache: Cache, batch: RaggedBatch, spec: Atten
             visible = jnp.tile(visible, (G, 1))[None]
             return _extend(state, taken, k, v, visible, spec)
 
-        state = jax.lax.fori_loop(first // KV_CHUNK, -(-last // KV_CHUNK), body, _start(taken.shape))
-        result = _finish(state, q.dtype).reshape(K, G, block, D).transpose(2, 0, 1, 3)
+        own_sinks = None if sinks is None else jnp.repeat(sinks, block, axis=1)
+        state = _start((K, G * block, value_dim), own_sinks)
+        state = jax.lax.fori_loop(first // KV_CHUNK, -(-last // KV_CHUNK), body, state)
+        result = _finish(state, q.dtype).reshape(K, G, block, value_dim).transpose(2, 0, 1, 3)
         return jax.lax.dynamic_update_slice(out, result, (start, 0, 0, 0))
 
     def attend_row(row: Array, out: Array) -> Array:

@@ -29,6 +29,8 @@ def supports(spec: AttentionSpec, page_size: int, kv_dtype: str) -> str | None:
         return f"no KV cache of dtype {kv_dtype}"
     if page_size & (page_size - 1):
         return f"no pages of {page_size} tokens: powers of two only"
+    if spec.value_dim is not None:
+        return "no values that are parts of their keys"
     if not 16 <= spec.head_dim <= LARGEST_HEAD:
         return f"no heads of {spec.head_dim}: 16 to {LARGEST_HEAD} only"
     return None
@@ -62,11 +64,14 @@ def update_and_attend(
     batch: RaggedBatch,
     spec: AttentionSpec,
     *,
+    sinks: Array | None = None,
+    kv_scales: Array | None = None,
     interpret: bool = False,
     multiprocessors: int | None = None,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
 ) -> tuple[Array, Array]:
     """See kernels.attention.Backend. `multiprocessors`: if not this GPU's; `tiles`: decode's and prefill's."""
+    assert sinks is None and kv_scales is None
     tokens, rows, page_size = q.shape[0], batch.page_table.shape[0], cache.shape[3]
     cache = write(k, v, cache, batch)
     flat = cache.reshape(-1, spec.head_dim)

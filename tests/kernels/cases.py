@@ -10,6 +10,7 @@ import numpy as np
 
 from kernels import reference
 from kernels.attention import AttentionSpec, Backend, RaggedBatch
+from kernels.storage import stored
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Case:
     spec: AttentionSpec
     rows: tuple[tuple[int, int], ...]
     page_size: int = 16
+    sinks: bool = False
+    kv_dtype: str | None = None  # the query's, unless given
+    kv_scales: bool = False
 
 
 def _spec(kv_heads: int = 2, group: int = 3, head_dim: int = 64, **options) -> AttentionSpec:
@@ -41,15 +45,23 @@ CASES = (
     Case("soft cap", _spec(soft_cap=5.0), CHUNKS),
     Case("page 8", _spec(), CHUNKS, page_size=8),
     Case("page 256", _spec(), CHUNKS, page_size=256),
+    Case("sinks", _spec(), CHUNKS, sinks=True),
+    Case("sinks, window", _spec(window=50), CHUNKS, sinks=True),
+    Case("e4m3", _spec(), CHUNKS, kv_dtype="float8_e4m3fn"),
+    Case("e4m3, scales", _spec(), CHUNKS, kv_dtype="float8_e4m3fn", kv_scales=True),
+    Case("e5m2", _spec(), CHUNKS, kv_dtype="float8_e5m2"),
+    Case("int8, scales", _spec(), CHUNKS, kv_dtype="int8", kv_scales=True),
+    Case("latent", _spec(kv_heads=1, group=6, head_dim=96, value_dim=64), CHUNKS),
 )
 
 
 def run(case: Case, backend: Backend, dtype: str, *, spare_rows: int = 2, spare_tokens: int = 7, seed: int = 0):
     """-> (what the backend gives, what the reference gives), each [tokens, K, G, D], and the new cache and the old.
 
-    Pages outside the batch hold NaN, so that reading one shows.
+    Pages outside the batch hold NaN, so that reading one shows. The reference sees keys and values as they are stored.
     """
     rng, spec, page = np.random.default_rng(seed), case.spec, case.page_size
+    kv_dtype = case.kv_dtype or dtype
     assert [n == 1 for n, _ in case.rows] == sorted((n == 1 for n, _ in case.rows), reverse=True)
     counts = np.array([n for n, _ in case.rows])
     lens = np.array([n + before for n, before in case.rows])
@@ -83,30 +95,52 @@ def run(case: Case, backend: Backend, dtype: str, *, spare_rows: int = 2, spare_
         jnp.int32(len(counts)), jnp.int32(int((counts == 1).sum())), jnp.asarray(write_page), jnp.asarray(write_offset),
     )  # fmt: skip
 
+    sinks = jnp.asarray(rand(spec.num_kv_heads, spec.group)) if case.sinks else None
+    step = 4.0 / 127 if kv_dtype == "int8" else 0.25
+    scales = jnp.asarray(step * (1 + rng.random((2, spec.num_kv_heads), np.float32))) if case.kv_scales else None
+    options = {"sinks": sinks, "kv_scales": scales}
+
     # The cache before the step, written through the backend itself so that its layout stays its own.
-    cache = jax.tree.map(
-        lambda s: jnp.full(s.shape, jnp.nan, s.dtype).at[0].set(0), backend.cache_spec(spec, num_pages, page, dtype)
-    )
+    cache = jax.tree.map(lambda s: _poisoned(s.shape, s.dtype), backend.cache_spec(spec, num_pages, page, kv_dtype))
     befores = lens - counts
     if befores.sum():
-        cache = _write_before(backend, spec, cache, table, befores, page, keys, values, dtype)
+        cache = _write_before(backend, spec, cache, table, befores, page, keys, values, dtype, options)
     # A page that the batch owns may hold stale finite numbers beyond its end, never NaN: the engine sees to that.
     owned = jnp.asarray(np.unique(table))
-    clean = jax.tree.map(lambda leaf: leaf.at[owned].set(jnp.nan_to_num(leaf[owned])), cache)
+    clean = jax.tree.map(lambda leaf: leaf.at[owned].set(_finite(leaf[owned])), cache)
     new_k = padded([k[-n:] for k, n in zip(keys, counts, strict=True)])
-    new_v = padded([v[-n:] for v, n in zip(values, counts, strict=True)])
+    new_v = None if spec.value_dim else padded([v[-n:] for v, n in zip(values, counts, strict=True)])
     attend = jax.jit(backend.update_and_attend, static_argnums=5)
-    out, after = attend(padded([q]), new_k, new_v, clean, batch, spec)
+    out, after = attend(padded([q]), new_k, new_v, clean, batch, spec, **options)
 
     rounded = lambda a: np.asarray(jnp.asarray(a, dtype), np.float64)
+    read = lambda a, index: _as_read(jnp.asarray(a, dtype), None if scales is None else scales[index], kv_dtype)
     wanted = [
-        reference.attention(rounded(q[s : s + n]), rounded(k), rounded(v), spec)
+        reference.attention(
+            rounded(q[s : s + n]), read(k, 0), read(v, 1), spec, None if sinks is None else np.asarray(sinks)
+        )
         for s, n, k, v in zip(starts, counts, keys, values, strict=False)
     ]
     return np.asarray(out[:total], np.float64), np.concatenate(wanted), after, clean, np.unique(table)
 
 
-def _write_before(backend, spec, cache, table, befores, page, keys, values, dtype):
+def _poisoned(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """-> NaN everywhere but in page 0, or the largest number where the dtype has none."""
+    worst = jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.nan
+    return jnp.full(shape, worst, dtype).at[0].set(0)
+
+
+def _finite(pages: jax.Array) -> jax.Array:
+    return pages if jnp.issubdtype(pages.dtype, jnp.integer) else jnp.where(jnp.isnan(pages), 0, pages)
+
+
+def _as_read(x: jax.Array, scale: jax.Array | None, kv_dtype: str) -> np.ndarray:
+    """-> x [L, K, D] after a way through the cache."""
+    kept = np.asarray(stored(x, scale, jnp.dtype(kv_dtype)), np.float64)
+    return kept if scale is None else kept * np.asarray(scale, np.float64)[:, None]
+
+
+def _write_before(backend, spec, cache, table, befores, page, keys, values, dtype, options):
     """Fill the cache with each row's tokens before this step, as one batch of prefill chunks."""
     total = int(befores.sum())
     row_of = np.repeat(np.arange(len(befores)), befores)
@@ -119,4 +153,5 @@ def _write_before(backend, spec, cache, table, befores, page, keys, values, dtyp
         jnp.asarray(table[row_of, positions // page]), jnp.asarray(positions % page, jnp.int32),
     )  # fmt: skip
     q = jnp.zeros((total, spec.num_kv_heads, spec.group, spec.head_dim), dtype)
-    return backend.update_and_attend(q, joined(keys), joined(values), cache, batch, spec)[1]
+    v = None if spec.value_dim else joined(values)
+    return backend.update_and_attend(q, joined(keys), v, cache, batch, spec, **options)[1]

@@ -28,8 +28,8 @@ def test_a_named_backend_that_does_not_exist_is_an_error():
 
 
 def test_a_named_backend_that_does_not_fit_is_an_error_with_the_reason():
-    with pytest.raises(ValueError, match="xla: no KV cache of dtype float8_e4m3fn"):
-        choose_backend("xla", "cpu", {AttentionSpec(1, 1, 64, 1.0)}, 16, "float8_e4m3fn")
+    with pytest.raises(ValueError, match="xla: no KV cache of dtype float8_e3m4"):
+        choose_backend("xla", "cpu", {AttentionSpec(1, 1, 64, 1.0)}, 16, "float8_e3m4")
 
 
 def test_copied_pages_are_read_before_any_is_written():

@@ -2,8 +2,8 @@
 
     python scripts/profile_summary.py FOLDER [--top 25]
 
-FOLDER is what `jax.profiler.trace` wrote (`bench_offline.py --profile FOLDER`). A kernel's kind is told by its name; what
-the name doesn't tell counts as "other".
+FOLDER is what `jax.profiler.trace` wrote (`bench_offline.py --profile FOLDER`). A kernel's kind is told by its name;
+what the name does not tell counts as "other".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 KINDS = {  # the first that matches
-    "attention": r"attend|combine|prefill|flash|paged|ragged",
+    "attention": r"attend|combine|prefill|flash|paged|ragged|^kernel$",
     "collectives": r"nccl|all_?reduce|all_?gather|reduce_?scatter|permute",
     "products": r"gemm|nvjet|cutlass|dot|cublas|wgmma|splitK",
     "copies": r"memcpy|memset|copy|transpose",

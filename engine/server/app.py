@@ -206,7 +206,7 @@ class Api:
 
         def render() -> str:
             loop.call_soon_threadsafe(started.set)
-            return tokenizer.apply_chat_template(chat_template=core.config.chat_template, **arguments)
+            return tokenizer.apply_chat_template(**arguments)
 
         future = loop.run_in_executor(self.templates, render)
         await started.wait()
@@ -261,8 +261,7 @@ class Api:
         core = self.driver.ready()
         tokenizer = need_tokenizer(core)
         names = {"bos_token": None, "eos_token": None, "pad_token": None, **tokenizer.special_tokens}
-        template = core.config.chat_template or tokenizer.chat_template
-        about = {"chat_template": template, "model_max_length": core.resolved.max_model_len}
+        about = {"chat_template": tokenizer.chat_template, "model_max_length": core.resolved.max_model_len}
         return _json({"tokenizer_class": "Tokenizer", **names, **about})
 
     # -- about the server

@@ -27,7 +27,8 @@ TEMPLATE = (
     "{% if tools %}[{% for tool in tools %}{{ tool.function.name }}{% endfor %}]{% endif %}"
     "{% for m in messages %}{% if m.role == 'forbidden' %}{{ raise_exception('no such role') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments.city }}{% endif %}"
-    "{% endfor %}{% if mood %}({{ mood }}){% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% endfor %}{% if mood %}({{ mood }}){% endif %}{% if documents %}{{ documents[0].title }}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 

@@ -45,6 +45,16 @@ def test_the_template_gets_tools_and_arguments(server: Server):
     assert prompt_of(server) == "<user>hello<assistant>"
 
 
+def test_the_template_gets_documents(server: Server):
+    sea = [{"title": "Sea", "text": "wet"}]
+    chat(server, documents=sea, max_tokens=1)
+    assert prompt_of(server) == "<user>helloSea<assistant>"
+    chat(server, chat_template_kwargs={"documents": sea}, max_tokens=1)
+    assert prompt_of(server) == "<user>helloSea<assistant>"
+    twice = chat(server, documents=sea, chat_template_kwargs={"documents": sea})
+    assert (twice.status_code, twice.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
 def test_a_conversation_with_tool_calls_can_be_sent_back(server: Server):
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
     empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None}

@@ -176,8 +176,9 @@ class Api:
         head = wire.new_head("chatcmpl-", body.model or self.options.served_model_name[0])
         body.sampling_params()  # refuse what is cheap to refuse before the template runs
         prompt = await self._render(core, template_arguments(body))
-        group = await self._in_pool(lambda: chat.prepare(core, body, prompt, head.id))
-        return await self._answer(request, body, [group], chat.ChatFormat(head, body, group, core))
+        parser = chat.tool_call_parser(body, self.options.tool_call_parser)
+        group = await self._in_pool(lambda: chat.prepare(core, body, prompt, head.id, parser))
+        return await self._answer(request, body, [group], chat.ChatFormat(head, body, group, core, parser))
 
     async def _answer(
         self, request: Request, body: CompletionRequest | ChatRequest, groups: list[Group], form: wire.Format

@@ -88,7 +88,7 @@ class FakeCore:
         self.aborted: list[str] = []
         self.closed = False
         self.prompt_tokens = self.generation_tokens = 0
-        self.alphabet = self.tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
+        self.alphabet = self.tokenizer.encode("abcdefghijklmnopqrstuvwxyz")  # or what a test wants to be said
 
     def prepare(
         self,
@@ -174,7 +174,7 @@ class FakeCore:
         if group.params.prompt_logprobs is not None and group.prompt_logprobs is None:
             ids = group.prompt_token_ids
             group.prompt_logprobs = [None, *(self._logprobs(t, group.params.prompt_logprobs, odd) for t in ids[1:])]
-        token = self.alphabet[(completion.index + len(completion.token_ids)) % 26]
+        token = self.alphabet[(completion.index + len(completion.token_ids)) % len(self.alphabet)]
         update.token_ids, update.text = [token], self.tokenizer.token_text(token)
         if group.params.logprobs is not None:
             update.logprobs = [self._logprobs(token, group.params.logprobs, odd)]

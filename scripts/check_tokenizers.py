@@ -1,10 +1,10 @@
 """Check the tokenizers that engine/vocab.py builds, on the vocabularies of real models. Exits with 1 on a mismatch.
 
-    python scripts/check_tokenizers.py            # fetches 190 MB once, then takes about a minute
+    python scripts/check_tokenizers.py            # fetches 250 MB once, then takes about a minute
     python scripts/check_tokenizers.py --sample   # writes tests/data/tokenizer_goldens.json too
 
 Two references. llama.cpp keeps golden tokenizations beside the vocabularies of many models, which travel in the sdist
-of llama-cpp-python; pip brings it, and nothing of it is built. And npm brings the tokenizer.json files of four models:
+of llama-cpp-python; pip brings it, and nothing of it is built. And npm brings the tokenizer.json files of seven models:
 what is compared there is not a few golden texts but thousands of random ones, with the model's tokenizer made twice:
 by the tokenizers library from the file, and by ours from metadata such as a GGUF converter writes for that file.
 """
@@ -43,7 +43,10 @@ NPM = {
     "llama3_1": ("gpt2", "llama-bpe", "llama-bpe"),
     "qwen3": ("gpt2", "qwen2", "qwen2"),
     "gptoss": ("gpt2", "gpt-4o", None),
+    "deepseek_v3": ("gpt2", "deepseek-v3", None),
+    "gpt35turbo": ("gpt2", "dbrx", None),  # whose vocabulary and words OLMo 2 and Phi-4 took over
     "gemma3": ("llama", None, None),
+    "llama2": ("llama", None, None),  # in truth Mistral's first vocabulary
 }
 GGML = "tokenizer.ggml."
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
@@ -184,7 +187,8 @@ def as_gguf(source: dict[str, Any], kind: str, pre: str | None) -> dict[str, Any
         for rank, (left, right) in enumerate(merges):
             scores[vocab[left + right]] = max(scores[vocab[left + right]], -rank)
         scores[list(added)] = -1000.0  # the converter's
-        metadata |= {"scores": scores, "add_space_prefix": False, "unknown_token_id": vocab["<unk>"]}
+        metadata |= {"scores": scores, "unknown_token_id": vocab["<unk>"]}
+        metadata["add_space_prefix"] = "Prepend" in json.dumps(source["normalizer"])
     return {GGML + key: value for key, value in metadata.items()}
 
 
@@ -207,7 +211,7 @@ def check_tokenizer_json(name: str, path: Path, goldens: dict[str, Golden]) -> I
         ours = tokenizer_from_gguf(goldens[same].metadata)
         added = {token.content for t in (ours.backend, theirs) for token in t.get_added_tokens_decoder().values()}
         well, row = compare(ours, theirs, [text for text in texts if not any(token in text for token in added)])
-        yield well, [f"{name}, as {same}.gguf", kind, pre, *row]
+        yield well, [f"{name}, as {same}.gguf", kind, pre or "-", *row]
 
 
 # The sample

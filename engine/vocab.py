@@ -66,6 +66,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         backend = _byte_level_bpe(vocab, _merges(metadata, vocab), pre)
         add_bos = pre.add_bos
     else:
+        if unknown is None and any(f"<0x{byte:02X}>" not in vocab for byte in range(256)):
+            raise ValueError(
+                f"{_PREFIX}unknown_token_id: is missing, as are byte tokens: some text would have no token"
+            )
         merges = _merges_by_score(metadata, vocab, types) if model == "llama" else _merges(metadata, vocab)
         backend = _sentencepiece_bpe(vocab, merges, unknown, space_prefix)
 

@@ -232,6 +232,7 @@ BROKEN = {
     "bos to add but none": (gpt2_metadata(bos_token_id=None, add_bos_token=True), "add_bos_token: .*bos_token_id"),
     "eos to add but none": (gpt2_metadata(eos_token_id=None, add_eos_token=True), "add_eos_token: .*eos_token_id"),
     "add_bos that is a number": (gpt2_metadata(add_bos_token=1), "add_bos_token: must be of type bool"),
+    "neither bytes nor unknown": (gpt2_metadata(model="gemma4"), "unknown_token_id: is missing, as are byte tokens"),
     "no scores": (llama_metadata(scores=None), "scores: is missing"),
     "too many scores": (llama_metadata(scores=np.zeros(999)), "scores: must be an array of"),
     "a score that is NaN": (llama_metadata(scores=np.full(NUM_LLAMA_TOKENS, np.nan)), "scores: entry 0"),

@@ -67,9 +67,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         add_bos = pre.add_bos
     else:
         if unknown is None and any(f"<0x{byte:02X}>" not in vocab for byte in range(256)):
-            raise ValueError(
-                f"{_PREFIX}unknown_token_id: is missing, as are byte tokens: some text would have no token"
-            )
+            raise ValueError(f"{_PREFIX}unknown_token_id: is missing, as are byte tokens: some text would be lost")
         merges = _merges_by_score(metadata, vocab, types) if model == "llama" else _merges(metadata, vocab)
         backend = _sentencepiece_bpe(vocab, merges, unknown, space_prefix)
 

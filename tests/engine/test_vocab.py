@@ -110,8 +110,12 @@ def test_every_pre_tokenizer_splits_as_its_models_do(pre: str):
     assert [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)] == expected
 
 
+# Up to Hebrew: what is punctuation beyond depends on a library's version of Unicode, and the two here have different ones.
+OLD_TEXT = st.text(st.characters(max_codepoint=0x58A) | st.sampled_from("中文–…“😀"))
+
+
 @settings(max_examples=200, deadline=None, database=None)
-@given(st.lists(st.text() | st.sampled_from([" 1234", "½²ü", "$<^`|", "'ll ", "\n\n "])).map("".join))
+@given(st.lists(OLD_TEXT | st.sampled_from([" 1234", "½²ü", "$<^`|", "'ll ", "\n\n "])).map("".join))
 def test_falcon_splits_as_its_native_parts_do(text: str):
     splitter = tokenizer_from_gguf(gpt2_metadata(pre="falcon")).backend.pre_tokenizer
     native = pre_tokenizers.Sequence(

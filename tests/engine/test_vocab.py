@@ -110,7 +110,7 @@ def test_every_pre_tokenizer_splits_as_its_models_do(pre: str):
     assert [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)] == expected
 
 
-# Up to Hebrew: what is punctuation beyond depends on a library's version of Unicode, and the two here have different ones.
+# Up to Hebrew: what is punctuation beyond depends on the version of Unicode, and the two libraries have different ones.
 OLD_TEXT = st.text(st.characters(max_codepoint=0x58A) | st.sampled_from("中文–…“😀"))
 
 

@@ -97,7 +97,6 @@ def _find(source: str, name: str, key: Callable[[Family], str]) -> Family:
 def _model_config(family: Family, get: Fields) -> ModelConfig:
     heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
     head_dim = get("head_dim", int, hidden // heads)
-    scalar = get("query_pre_attn_scalar", float, None)
     bias = get("attention_bias", bool, False)
     if get("use_bidirectional_attention", bool, False):
         raise get.error("use_bidirectional_attention", "is not supported: every token attends to those before it")
@@ -116,7 +115,7 @@ def _model_config(family: Family, get: Fields) -> ModelConfig:
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=get("mlp_bias", bool, False),
-        attention_scale=scalar and scalar**-0.5,
+        attention_scale=get("query_pre_attn_scalar", float, head_dim) ** -0.5,
         attention_soft_cap=get("attn_logit_softcapping", float, None),
         embedding_scale=hidden**0.5 if family.scaled_embeddings else 1.0,
         logit_soft_cap=get("final_logit_softcapping", float, None),

@@ -71,9 +71,7 @@ def main() -> None:
         f"copy {copy_bandwidth() / 1e9:.0f} GB/s" + (f", product {matmul_rate() / 1e12:.0f} TFLOP/s" if gpu else ""),
         flush=True,
     )
-    print(
-        f"{'tokens':>7} {'ours, ms':>9} {'dense, ms':>10} {'faster':>7} {'weights GB/s':>13} {'TFLOP/s':>8} {'error':>8}"
-    )
+    print(" tokens  ours, ms  dense, ms  faster  weights GB/s  TFLOP/s    error")
     for tokens in map(int, options.tokens.split(",")):
         x = jax.random.normal(jax.random.key(tokens), (tokens, hidden), dtype)
         valid = jnp.ones(tokens, bool)

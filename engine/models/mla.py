@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.models.config import LatentSpec
-from engine.models.layers import apply_rope, project, rms_norm
+from engine.models.layers import project, rms_norm
 from engine.models.params import Params
+from engine.models.rope import apply_rope
 
 
 def queries_and_key(
@@ -20,7 +21,7 @@ def queries_and_key(
 ) -> tuple[Array, Array]:
     """x [T, D] -> queries [T, 1, heads, rank + rope_dim] and key [T, 1, rank + rope_dim].
 
-    p: a layer's parameters as `params.latent_specs` declares them; rope: `layers.rope_tables` of rope_dim.
+    p: a layer's parameters as `params.param_specs` declares them; rope: `layers.rope_tables` of rope_dim.
     """
     if spec.q_rank is not None:
         x_q = rms_norm(x @ p["q_a"], p["q_a_norm"], eps)

@@ -8,17 +8,17 @@ from jax import Array
 
 from engine.models.config import MoeSpec
 from engine.models.layers import ACTIVATIONS, gated_mlp
+from engine.models.mixtures import CLAMPED_SLOPE
 from engine.models.params import Params
 from kernels.grouped import grouped_dot
 
 TINY = 1e-20  # what weights are divided by at least
-CLAMPED_SLOPE = 1.702  # of GPT-OSS's activation: a sigmoid that resembles the GELU
 
 
 def mixture(x: Array, p: Params, spec: MoeSpec, activation: str, valid: Array) -> Array:
     """x [T, D], valid [T] bool -> [T, D]: each token's experts, weighted, and those that all tokens share.
 
-    p: a layer's parameters as `params.moe_specs` declares them. Tokens that are not valid go to no expert.
+    p: a layer's parameters as `params.param_specs` declares them. Tokens that are not valid go to no expert.
     """
     with jax.named_scope("router"):
         logits = jnp.matmul(x.astype(jnp.float32), p["router"], precision=jax.lax.Precision.HIGHEST)
@@ -29,7 +29,7 @@ def mixture(x: Array, p: Params, spec: MoeSpec, activation: str, valid: Array) -
         out = expert_products(x, weights, jnp.where(valid[:, None], experts, spec.num_experts), p, spec, activation)
     if spec.shared_size:
         with jax.named_scope("shared_experts"):
-            out = out + gated_mlp(x, p["shared_gate_up"], p["shared_down"], activation)
+            out = out + gated_mlp(x, p["shared_gate_up"], p["shared_down"], activation, None, None)
     return out
 
 

@@ -139,9 +139,8 @@ def _checked(get: Fields, spec: MoeSpec) -> MoeSpec:
     size, rest = divmod(spec.num_experts, spec.num_groups)
     eligible = size * spec.top_groups
     if rest or size < spec.group_score_top or spec.top_groups > spec.num_groups:
-        raise get.error(
-            "n_group", f"{spec.num_groups}, topk_group {spec.top_groups}: no division of {spec.num_experts}"
-        )
+        groups = f"{spec.num_groups}, of which {spec.top_groups} count"
+        raise get.error("n_group", f"{groups}, does not fit {spec.num_experts} experts")
     if spec.top_k > eligible:
         raise get.error("num_experts_per_tok", f"is {spec.top_k}, but only {eligible} experts are eligible")
     return spec

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from engine.weights import mxfp4
+
 # More than any model has, and little enough that a hostile header is refused within a second and 200 MB.
 MAX_HEADER_BYTES = 1 << 25  # the largest known has 16 MB
 MAX_KEYS = 1 << 13
@@ -367,6 +369,12 @@ def _q6_k(blocks: np.ndarray, out: np.ndarray) -> None:
     _scale(quants.view(np.int8) - np.int8(32), _floats(blocks["d"]) * blocks["scales"], None, out)
 
 
+def _mxfp4(blocks: np.ndarray, out: np.ndarray) -> None:
+    scale = mxfp4.half_scales(blocks["exponent"])[:, None]
+    _scale(mxfp4.DOUBLED[_unpack(blocks["quants"], 4, 16)], scale, None, out)
+    out += np.float32(0)  # ggml's zeros have no sign
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockType:
     """How one ggml type stores tensors: elements in a block, a block's bytes, and how they become float32."""
@@ -393,6 +401,7 @@ BLOCK_TYPES = {
         256, np.dtype([_D, _DMIN, ("scales", "u1", 12), ("high", "u1", 32), ("quants", "u1", 128)]), _q5_k
     ),
     "Q6_K": BlockType(256, np.dtype([("quants", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D]), _q6_k),
+    "MXFP4": BlockType(32, np.dtype([("exponent", "u1"), ("quants", "u1", 16)]), _mxfp4),
 }
 _TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",

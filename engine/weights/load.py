@@ -17,6 +17,7 @@ from engine.models.params import Params, ParamSpec, as_dtype, map_specs, param_s
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
 from engine.weights.gguf import open_gguf
+from engine.weights.mxfp4 import with_dequantized
 from engine.weights.names import GGUF, HF
 from engine.weights.safetensors import open_safetensors
 
@@ -43,7 +44,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     family, config = read_config(path)
     files = open_safetensors(path)
     shapes = {name: info.shape for name, info in files.tensors.items()}
-    return Checkpoint(str(path), config, family, HF, shapes, files.load)
+    return Checkpoint(str(path), config, family, HF, *with_dequantized(str(path), shapes, files.load))
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:

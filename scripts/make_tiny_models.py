@@ -1,6 +1,6 @@
 """Make tests/data/tiny: a tiny model of every family with random weights, and what transformers says of it.
 
-    OTHER/python scripts/make_tiny_models.py [NAME ...]
+    OTHER/python scripts/make_tiny_models.py [NAME ...]      ("ropes": the frequencies of scaled ropes)
 
 needs torch and transformers, which are no dependencies of the project. Each model is a folder as transformers saves it,
 with goldens beside its weights: three prompts, the log-probability of each of their tokens but the first, and the
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny"
 SIZES = dict(
@@ -105,11 +106,26 @@ CONFIGS = {
 LENGTHS, OUTPUT_LEN = (70, 45, 33), 32
 # Prompts and answers that stay within the original length, where longrope has other frequencies.
 SHORT = {"phi3": dict(max_model_len=24, lengths=(13, 9, 4), output_len=8)}
+# Options of scaled ropes that no tiny model has.
+ROPES = [
+    YARN_ROPE | dict(truncate=False),
+    YARN_ROPE | dict(attention_factor=1.25),
+    YARN_ROPE | dict(mscale=0.7, mscale_all_dim=1.3),
+    YARN_ROPE | dict(factor=None, beta_fast=None),
+    YARN_ROPE | dict(partial_rotary_factor=0.5, rope_theta=5e5),
+    LONG_ROPE | dict(short_factor=[1.5] * 4, long_factor=[2.5, 3, 4, 5], factor=6.0),
+    LONG_ROPE | dict(short_factor=[1.5] * 4, long_factor=[2.5, 3, 4, 5], attention_factor=1.1),
+    LLAMA3_ROPE | dict(partial_rotary_factor=0.5, factor=32.0, high_freq_factor=8.0),
+    LINEAR_ROPE | dict(partial_rotary_factor=0.75),
+]
 MIN_MARGIN = 1e-3  # between the two most likely tokens, so that rounding doesn't decide
 
 
 def main() -> None:
-    for name in sys.argv[1:] or CONFIGS:
+    for name in sys.argv[1:] or ["ropes", *CONFIGS]:
+        if name == "ropes":
+            write(TINY.parent / "rope_frequencies.json", rope_frequencies())
+            continue
         model = make_model(CONFIGS[name])
         folder = TINY / name
         model.save_pretrained(folder)
@@ -119,6 +135,23 @@ def main() -> None:
             short = dict(SHORT[name])
             limit = dict(max_model_len=short.pop("max_model_len"))
             write(folder / "goldens_short.json", limit | goldens(model, **short))
+
+
+def rope_frequencies() -> list[dict]:
+    """-> each of ROPES, and what transformers computes of it for a short and a long sequence."""
+    found = []
+    for parameters in ROPES:
+        config = transformers.LlamaConfig(**SIZES, rope_parameters=dict(parameters))
+        compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+        results = {length: compute(config, None, seq_len=length) for length in (16, 256)}
+        found.append(
+            dict(
+                rope_parameters=parameters,
+                frequencies={length: frequencies.tolist() for length, (frequencies, _) in results.items()},
+                attention_factor=results[16][1],
+            )
+        )
+    return found
 
 
 def make_model(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
@@ -173,7 +206,7 @@ def greedy(model: transformers.PreTrainedModel, tokens: torch.Tensor, output_len
     return answer
 
 
-def write(path: Path, values: dict) -> None:
+def write(path: Path, values: dict | list) -> None:
     path.write_text(json.dumps(values) + "\n")
 
 

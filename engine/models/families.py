@@ -91,7 +91,7 @@ FAMILIES = (
     ),
     Family(
         "qwen2", "Qwen2ForCausalLM", "qwen2",
-        model=dict(qkv_bias=True),
+        model=dict(qkv_bias=True, out_bias=False),
         defaults=_QWEN_DEFAULTS,
     ),
     Family(

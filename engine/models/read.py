@@ -73,6 +73,8 @@ def from_gguf(
     values = {key: metadata.get(f"{architecture}.{name}") for name, key in keys.items()}
     values["vocab_size"] = shapes["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in shapes
+    values["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    values["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
     values["rope_scaling"] = _gguf_rope_scaling(source, architecture, metadata, shapes, load)
     values["sliding_window"] = values["sliding_window"] or None  # 0 is none
     pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern")

@@ -91,8 +91,9 @@ CONFIGS = {
         **SIZES, head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, norm_topk_prob=True
     ),
     "gpt-oss": transformers.GptOssConfig(
-        **SIZES | dict(intermediate_size=32), head_dim=16, num_local_experts=4, num_experts_per_tok=2,
-        sliding_window=9, swiglu_limit=1.5, rope_parameters=YARN_ROPE | dict(truncate=False),
+        **SIZES | dict(intermediate_size=32, initializer_range=0.8),  # so that its activation meets its limits
+        head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=9,
+        rope_parameters=YARN_ROPE | dict(truncate=False),
     ),
     "deepseek-v2": transformers.DeepseekV2Config(
         **DEEPSEEK, q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=1.5,

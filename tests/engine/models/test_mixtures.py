@@ -57,7 +57,8 @@ def test_routing_is_the_familys():
     assert moe(read("qwen3-moe")) == MoeSpec(8, 3, 16)
     assert moe(read("qwen3-moe", norm_topk_prob=None)) == MoeSpec(8, 3, 16, renormalize=False)
     assert moe(read("qwen3-moe", num_local_experts=None, num_experts=8)) == MoeSpec(8, 3, 16)
-    assert moe(read("gpt-oss")) == MoeSpec(4, 2, 32, router_bias=True, expert_bias=True, clamp=1.5)
+    assert moe(read("gpt-oss")) == MoeSpec(4, 2, 32, router_bias=True, expert_bias=True, clamp=7)
+    assert moe(read("gpt-oss", swiglu_limit=1.5)).clamp == 1.5
     assert moe(read("gpt-oss", swiglu_limit=None)).clamp == 7
     v2 = MoeSpec(8, 3, 16, 32, renormalize=False, scale=1.5, num_groups=4, top_groups=2)
     assert moe(read("deepseek-v2")) == v2

@@ -36,7 +36,7 @@ READ, ROPE, FAMILIES = "engine/models/read.py", "engine/models/rope.py", "engine
 TRANSFORMER, LAYERS = "engine/models/transformer.py", "engine/models/layers.py"
 ASSEMBLE, GGUF = "engine/weights/assemble.py", "test_gguf_families.py"
 MUTATIONS = (
-    Mutation("window: left out", TRANSFORMER, "window=config.layers[index].window", "window=None", "mistral"),
+    Mutation("window: left out", TRANSFORMER, "window=layer.window", "window=None", "mistral"),
     Mutation("window: one too long", READ, "window=window if slides[i]", "window=window + 1 if slides[i]", "mistral"),
     Mutation("window: on every layer", READ, "window if slides[i] else None", "window", "gemma2"),
     Mutation("rope: on layers without", READ, "if rotates[i] else None", "", "smollm3"),

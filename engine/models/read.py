@@ -38,7 +38,6 @@ GGUF_KEYS = {
 GGUF_ROPE_KEYS = {
     "type": "rope_type",
     "factor": "factor",
-    "attn_factor": "attention_factor",
     "yarn_attn_factor": "attention_factor",
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
@@ -76,18 +75,21 @@ def from_gguf(
     values["attention_bias"] = "blk.0.attn_q.bias" in shapes
     values["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
     values["rope_scaling"] = _gguf_rope_scaling(source, architecture, metadata, shapes, load)
-    values["sliding_window"] = values["sliding_window"] or None  # 0 is none
     pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
-        values["layer_types"] = [LAYER_TYPES[bool(sliding)] for sliding in pattern]
+        values["layer_types"] = [LAYER_TYPES[bool(slides)] for slides in pattern]
     else:
         values["sliding_window_pattern"] = pattern
     given = {key: value for key, value in values.items() if value is not None}
+    if isinstance(values["sliding_window"], int) and values["sliding_window"] == 0:
+        given["sliding_window"] = None  # so that no default takes its place
     shown = {key: f"{architecture}.{name}" for name, key in keys.items()}
     shown["rope_scaling"] = f"{architecture}.rope.scaling"
     if "blk.0.attn_kv_b.weight" in shapes:
         family = replace(family, gguf_fused_latent=True)
-    by_depth = family.gguf_by_depth.get(given.get("num_hidden_layers", 0), {})
+    shown["layer_types"] = shown["sliding_window_pattern"] = f"{architecture}.attention.sliding_window_pattern"
+    depth = values["num_hidden_layers"]
+    by_depth = family.gguf_by_depth.get(depth, {}) if isinstance(depth, int) else {}
     get = Fields(source, {**family.defaults, **family.gguf_defaults, **by_depth, **given}, shown)
     return family, _model_config(family, get)
 
@@ -101,7 +103,7 @@ def _find(source: str, name: str, key: Callable[[Family], str]) -> Family:
 
 def _model_config(family: Family, get: Fields) -> ModelConfig:
     heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
-    kv_heads, head_dim = get("num_key_value_heads", int, heads), get("head_dim", int, hidden // heads)
+    kv_heads, head_dim = get("num_key_value_heads", int, heads), get("head_dim", int, hidden // heads or ...)
     latent = family.latent(get) if family.latent else None
     if latent:  # as the cache sees it: all heads share one key
         kv_heads, head_dim = 1, latent.kv_rank + latent.rope_dim
@@ -192,7 +194,7 @@ def _max_model_len(get: Fields) -> int:
     scaling = _rope_scaling(get, LAYER_TYPES[False])
     kind, factor = _rope_kind(scaling), scaling("factor", float, 1.0)
     if kind == "dynamic":
-        return int(longest * factor)
+        return max(longest, int(longest * factor))
     if kind == "yarn":
         return max(longest, int(_original_len(get, scaling) * factor))
     return longest
@@ -222,8 +224,8 @@ def _rope_kind(scaling: Fields) -> str:
 def _rope(get: Fields, head_dim: int, layer_type: str) -> RopeSpec:
     """-> the rope of the layers of one type."""
     scaling = _rope_scaling(get, layer_type)
-    theta = get("rope_theta", float, 10000.0)
-    local = get("rope_local_base_freq", float, None)
+    theta = get("rope_theta", float, 10000.0, low=1)
+    local = get("rope_local_base_freq", float, None, low=1)
     if local is not None and layer_type == LAYER_TYPES[True]:
         theta = local
         if layer_type not in get.nested("rope_parameters").values:
@@ -231,7 +233,7 @@ def _rope(get: Fields, head_dim: int, layer_type: str) -> RopeSpec:
     theta = scaling("rope_theta", float, theta, low=1)
     part = scaling("partial_rotary_factor", float, get("partial_rotary_factor", float, 1.0))
     dim = get("rope_dim", int, int(head_dim * part))
-    if dim % 2 or dim > head_dim:
+    if dim % 2 or not 0 < dim <= head_dim:
         raise ValueError(f"{get.source}: rope over {dim} of {head_dim} dimensions is not possible")
     return _scaled_rope(RopeSpec(dim, theta), _rope_kind(scaling), get, scaling)
 
@@ -247,7 +249,7 @@ def _scaled_rope(plain: RopeSpec, kind: str, get: Fields, scaling: Fields) -> Ro
     if kind == "dynamic":
         if dim <= 2:
             raise ValueError(f"{get.source}: dynamic rope needs more than {dim} dimensions")
-        return RopeSpec(dim, theta, kind, scaling("factor", float, low=0.999), longest)
+        return RopeSpec(dim, theta, kind, scaling("factor", float, low=1 - 1e-9), longest)
     if kind == "llama3":
         low, high = scaling("low_freq_factor", float), scaling("high_freq_factor", float)
         if low >= high:
@@ -257,7 +259,7 @@ def _scaled_rope(plain: RopeSpec, kind: str, get: Fields, scaling: Fields) -> Ro
         )  # fmt: skip
     if kind == "yarn":
         stretch = scaling("factor", float, longest / original if longest > original else ...)
-        scale, all_dim = scaling("mscale", float, 0.0, low=-1), scaling("mscale_all_dim", float, 0.0, low=-1)
+        scale, all_dim = (scaling(key, float, 0.0, low=-1e-9) for key in ("mscale", "mscale_all_dim"))
         if factor is None and scale and all_dim:
             factor = yarn_attention_factor(stretch, scale) / yarn_attention_factor(stretch, all_dim)
         return RopeSpec(
@@ -290,7 +292,9 @@ def _gguf_rope_scaling(
     for name, key in GGUF_ROPE_KEYS.items():
         if (value := metadata.get(f"{architecture}.rope.scaling.{name}")) is not None:
             values[key] = value
-    if (log_multiplier := metadata.get(f"{architecture}.rope.scaling.yarn_log_multiplier")) is not None:
+    attention_factor = metadata.get(f"{architecture}.rope.scaling.attn_factor")
+    log_multiplier = Fields(source, metadata)(f"{architecture}.rope.scaling.yarn_log_multiplier", float, None)
+    if log_multiplier is not None:
         values["mscale"] = values["mscale_all_dim"] = 10 * log_multiplier  # a tenth is written, for both
     tensors = {}
     for name in GGUF_ROPE_TENSORS & set(shapes):
@@ -302,5 +306,9 @@ def _gguf_rope_scaling(
         return dict(rope_type="longrope", short_factor=both, long_factor=both, attention_factor=1.0)
     if tensors:
         short, long = tensors.get("rope_factors_short.weight"), tensors.get("rope_factors_long.weight")
-        return values | dict(rope_type="longrope", short_factor=short, long_factor=long)
+        return values | dict(
+            rope_type="longrope", short_factor=short, long_factor=long, attention_factor=attention_factor
+        )  # fmt: skip
+    if attention_factor not in (None, 1.0):
+        raise ValueError(f"{source}: {architecture}.rope.scaling.attn_factor is supported beside rope factors alone")
     return values

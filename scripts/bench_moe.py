@@ -66,11 +66,9 @@ def main() -> None:
     dtype = "bfloat16" if gpu else "float32"
     spec = MoeSpec(options.experts, options.top_k, size, renormalize=True)
     p = parameters(spec, hidden, dtype)
-    print(
-        f"{jax.devices()[0].device_kind}, {dtype}: {spec.num_experts} experts of {hidden} x {size}, top {spec.top_k}; "
-        f"copy {copy_bandwidth() / 1e9:.0f} GB/s" + (f", product {matmul_rate() / 1e12:.0f} TFLOP/s" if gpu else ""),
-        flush=True,
-    )
+    limits = f"; copy {copy_bandwidth() / 1e9:.0f} GB/s, product {matmul_rate() / 1e12:.0f} TFLOP/s" if gpu else ""
+    what = f"{spec.num_experts} experts of {hidden} x {size}, top {spec.top_k}"
+    print(f"{jax.devices()[0].device_kind}, {dtype}: {what}{limits}", flush=True)
     print(" tokens  ours, ms  dense, ms  faster  weights GB/s  TFLOP/s    error")
     for tokens in map(int, options.tokens.split(",")):
         x = jax.random.normal(jax.random.key(tokens), (tokens, hidden), dtype)

@@ -13,7 +13,8 @@ import pytest
 import safetensors.numpy
 
 from engine.models.families import from_gguf, from_hugging_face
-from engine.weights.load import GGUF, HF, LAYER_TENSORS, load_params, open_checkpoint
+from engine.weights.load import load_params, open_checkpoint
+from engine.weights.names import GGUF, HF, LAYER_TENSORS
 
 CONFIG = dict(
     architectures=["Qwen2ForCausalLM"],

@@ -1,0 +1,44 @@
+"""What tensors are called: for each part of a parameter, its name in a Hugging Face folder and in a GGUF file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.models.families import Family
+
+HF, GGUF = 0, 1  # whose names a checkpoint has
+
+# Part -> (Hugging Face's name, GGUF's name); {} is the layer. A family's own names come before these.
+TENSORS = {
+    "embed": ("model.embed_tokens.weight", "token_embd.weight"),
+    "final_norm": ("model.norm.weight", "output_norm.weight"),
+    "lm_head": ("lm_head.weight", "output.weight"),
+}
+LAYER_TENSORS = {
+    "attn_norm": ("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    "q": ("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
+    "k": ("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
+    "v": ("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+    "q_bias": ("model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias"),
+    "k_bias": ("model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias"),
+    "v_bias": ("model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
+    "q_norm": ("model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
+    "k_norm": ("model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
+    "out": ("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+    "mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    "gate": ("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
+    "up": ("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
+    "down": ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+}
+
+
+def tensor_name(family: Family, style: int, path: tuple[Any, ...], part: str) -> str:
+    """-> the tensor that holds a part of the parameter at `path`, e.g. ("layers", 3, "qkv") and "q"."""
+    if path[0] != "layers":
+        return TENSORS[part][style]
+    return LAYER_TENSORS[part][style].format(path[1])
+
+
+def is_neutral(name: str, tied: bool) -> bool:
+    """-> whether a tensor may be there without being used: a saved rope buffer, or a tied head's copy."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")

@@ -42,6 +42,6 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     if checkpoint is None or dummy:
         params = random_params(model, resolved.dtype, config.seed)
     else:
-        params = load_params(checkpoint, resolved.dtype, lambda path, array: jax.device_put(array))
+        params = load_params(checkpoint, resolved.dtype)
     report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - started:.1f} s")
     return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, params, report))

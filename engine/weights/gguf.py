@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from engine.weights.gguf_blocks import BLOCK_TYPES, TYPE_NAMES, dequantize
+from engine.weights.stored import BlockTensor, OpenFile
 
 # More than any model has, and little enough that a hostile header is refused within a second and 200 MB.
 MAX_HEADER_BYTES = 1 << 25  # the largest known has 16 MB
@@ -59,6 +60,7 @@ class GGUFFile:
         self.tensors = header.tensors
         # The views that users take keep the mapping alive, so nothing dangles after close().
         self._bytes: np.ndarray | None = np.frombuffer(mapping, np.uint8)
+        self._file: OpenFile | None = None
 
     def raw(self, name: str) -> np.ndarray:
         """-> the bytes of one tensor, a read-only view of the mapped file. uint8 [nbytes]"""
@@ -72,6 +74,12 @@ class GGUFFile:
     def load(self, name: str) -> np.ndarray:
         """-> one tensor, dequantized: float32 [*shape], an array of its own."""
         return dequantize(self.raw(name), self.tensors[name].type).reshape(self.tensors[name].shape)
+
+    def stored(self, name: str) -> BlockTensor:
+        """-> one tensor that is read, and dequantized, piece by piece. KeyError for an unknown name."""
+        tensor = self.tensors[name]
+        self._file = self._file or OpenFile(self.path)
+        return BlockTensor(self._file, tensor.offset, BLOCK_TYPES[tensor.type], tensor.shape)
 
     def close(self) -> None:
         """Let go of the file; views from `raw` stay valid."""

@@ -149,7 +149,11 @@ _CHUNK_ELEMENTS = 1 << 16  # temporaries of one chunk stay in a core's cache
 def dequantize(data: np.ndarray, type_name: str) -> np.ndarray:
     """Expand whole blocks of one of `BLOCK_TYPES`. uint8 [bytes] -> float32 [elements]"""
     block = BLOCK_TYPES[type_name]
-    blocks = data.view(block.layout)
+    return dequantize_blocks(data.view(block.layout), block)
+
+
+def dequantize_blocks(blocks: np.ndarray, block: BlockType) -> np.ndarray:
+    """blocks [n] of the type's layout -> float32 [n * block.size]"""
     out = np.empty((len(blocks), block.size), np.float32)
     step = _CHUNK_ELEMENTS // block.size
     for start in range(0, len(blocks), step):

@@ -20,6 +20,8 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from engine.weights.stored import OpenFile, PlainTensor
+
 SINGLE_NAME = "model.safetensors"  # of a folder that has one file
 INDEX_NAME = "model.safetensors.index.json"  # of a folder that has several
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -62,11 +64,19 @@ class TensorInfo:
 
 
 class SafeTensors:
-    """An open checkpoint. `tensors` says what it holds; `load` gives one of them without copying."""
+    """An open checkpoint. `tensors` says what it holds; `load` gives one without copying, `stored` piece by piece."""
 
     def __init__(self, tensors: dict[str, TensorInfo], maps: Mapping[pathlib.Path, mmap.mmap]):
         self.tensors = tensors
         self._maps = maps
+        self._files: dict[pathlib.Path, OpenFile] = {}
+
+    def stored(self, name: str) -> PlainTensor:
+        """-> a tensor that is read piece by piece. KeyError for an unknown name. Errors: ValueError."""
+        info = self.tensors[name]
+        if info.file not in self._files:
+            self._files[info.file] = OpenFile(info.file)
+        return PlainTensor(self._files[info.file], info.offset, info.dtype, info.shape)
 
     def load(self, name: str) -> np.ndarray:
         """-> a read-only view of the file's bytes, valid for as long as it is held. KeyError for an unknown name.

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -35,6 +36,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
     model = checkpoint.config if checkpoint else read_config(path)[1]
     resolved = config.resolve(model_max_len=model.max_model_len, platform=jax.devices()[0].platform)
+    model = replace(model, max_model_len=resolved.max_model_len)  # some rope scalings ask how long a sequence may get
     tokenizer = None
     if not config.skip_tokenizer_init and (config.tokenizer or not dummy):
         own = locate(config.tokenizer, weights=False, setting="tokenizer") if config.tokenizer else None

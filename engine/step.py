@@ -60,7 +60,7 @@ def step(
     hidden, kv_caches = forward(config, backend, params, state.kv_caches, tokens, part["positions"], batch)
 
     with jax.named_scope("sample"):
-        to_logits = lambda rows: logits(params, rows)
+        to_logits = lambda rows: logits(config, params, rows)
         rows = to_logits(hidden[part["sample_at"]])
         out = sample(rows, _sampling_input(part), tables, num_logprobs=MAX_LOGPROBS, plain=shape.plain)
         active = part["row_flags"] != 0

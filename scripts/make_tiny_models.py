@@ -1,20 +1,23 @@
 """Make tests/data/tiny: a tiny model of every family with random weights, and what transformers says of it.
 
-    OTHER/python scripts/make_tiny_models.py
+    OTHER/python scripts/make_tiny_models.py [NAME ...]
 
 needs torch and transformers, which are no dependencies of the project. Each model is a folder as transformers saves it,
-with goldens.json beside its weights: a prompt, the log-probability of each of its tokens but the first, and the greedy
-tokens that follow, all in float32. Norms and biases are drawn too, so that leaving one out shows.
+with goldens beside its weights: three prompts, the log-probability of each of their tokens but the first, and the
+greedy tokens that follow, all in float32. Norms and biases are drawn too, so that leaving one out shows. A second
+goldens file, if there is one, is of the same weights with another longest sequence.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 import transformers
 
+TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny"
 SIZES = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -33,43 +36,122 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+YARN_ROPE = dict(
+    rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=32, beta_fast=8.0, beta_slow=1.0
+)
+DYNAMIC_ROPE = dict(rope_type="dynamic", rope_theta=500.0, factor=8.0)
+LINEAR_ROPE = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+LONG_ROPE = dict(
+    rope_type="longrope",
+    rope_theta=500.0,
+    short_factor=[1.0, 1.1, 1.5],
+    long_factor=[1.2, 2.5, 6.0],
+    original_max_position_embeddings=24,
+)
+WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 CONFIGS = {
-    "llama": transformers.LlamaConfig(**SIZES, rope_parameters=dict(rope_type="default", rope_theta=500.0)),
     "llama3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
-    "linear-tied": transformers.LlamaConfig(
-        **SIZES, tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+    "llama-biased": transformers.LlamaConfig(
+        **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=LINEAR_ROPE
     ),
-    "mistral": transformers.MistralConfig(**SIZES, sliding_window=9, head_dim=16),
+    "mistral": transformers.MistralConfig(
+        **SIZES | dict(max_position_embeddings=32), sliding_window=9, head_dim=16, rope_parameters=DYNAMIC_ROPE
+    ),
+    "smollm3": transformers.SmolLM3Config(
+        **SIZES | dict(num_hidden_layers=4), pad_token_id=0,
+        rope_parameters=dict(rope_type="default", rope_theta=500.0),
+    ),
     "qwen2": transformers.Qwen2Config(**SIZES),
-    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
-}
-PROMPT_LEN, OUTPUT_LEN = 70, 32
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16, rope_parameters=YARN_ROPE),
+    "gemma2": transformers.Gemma2Config(
+        **SIZES, head_dim=16, query_pre_attn_scalar=24, sliding_window=9,
+        attn_logit_softcapping=3.0, final_logit_softcapping=8.0,
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=9, layer_types=WINDOWS,
+        rope_parameters=dict(
+            full_attention=LINEAR_ROPE, sliding_attention=dict(rope_type="default", rope_theta=500.0)
+        ),
+    ),
+    "phi3": transformers.Phi3Config(
+        **SIZES, pad_token_id=0, sliding_window=40, original_max_position_embeddings=24,
+        rope_parameters=LONG_ROPE | dict(partial_rotary_factor=0.75),
+    ),
+    "olmo2": transformers.Olmo2Config(**SIZES, rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+}  # fmt: skip
+LENGTHS, OUTPUT_LEN = (70, 45, 33), 32
+# Prompts and answers that stay within the original length, where longrope has other frequencies.
+SHORT = {"phi3": dict(max_model_len=24, lengths=(13, 9, 4), output_len=8)}
+MIN_MARGIN = 1e-3  # between the two most likely tokens, so that rounding doesn't decide
 
 
 def main() -> None:
-    for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for parameter, values in model.named_parameters():
-            if "norm" in parameter or "bias" in parameter:
-                torch.nn.init.normal_(values, mean=1.0 if "norm" in parameter else 0.0, std=0.3)
-        tokens = torch.randint(0, config.vocab_size, (1, PROMPT_LEN))
-        with torch.no_grad():
-            logprobs = torch.log_softmax(model(tokens).logits[0].double(), -1)
-            for _ in range(OUTPUT_LEN):
-                following = model(tokens).logits[0, -1].argmax()
-                tokens = torch.cat([tokens, following.reshape(1, 1)], dim=1)
-        ids = tokens[0].tolist()
-        goldens = {
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "prompt_token_ids": ids[:PROMPT_LEN],
-            "prompt_logprobs": [round(logprobs[i, ids[i + 1]].item(), 6) for i in range(PROMPT_LEN - 1)],
-            "token_ids": ids[PROMPT_LEN:],
-        }
-        folder = Path(__file__).parents[1] / "tests" / "data" / "tiny" / name
+    for name in sys.argv[1:] or CONFIGS:
+        model = make_model(CONFIGS[name])
+        folder = TINY / name
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
-        (folder / "goldens.json").write_text(json.dumps(goldens) + "\n")
+        write(folder / "goldens.json", goldens(model, LENGTHS, OUTPUT_LEN))
+        if name in SHORT:
+            short = dict(SHORT[name])
+            limit = dict(max_model_len=short.pop("max_model_len"))
+            write(folder / "goldens_short.json", limit | goldens(model, **short))
+
+
+def make_model(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    """-> the model with random weights, everything that starts as a constant included."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, values in [*model.named_parameters(), *model.named_buffers()]:
+        if any(part in name for part in ("norm", "bias", "sinks")):
+            values.data += 0.3 * torch.randn_like(values)
+    if config.rope_parameters and config.rope_parameters.get("rope_type") == "dynamic":
+        # Frequencies grow with the longest sequence seen, and stay; ours are those of the longest possible.
+        longest = int(config.max_position_embeddings * config.rope_parameters["factor"])
+        model(torch.zeros(1, longest, dtype=torch.long))
+    return model
+
+
+@torch.no_grad()
+def goldens(model: transformers.PreTrainedModel, lengths: tuple[int, ...], output_len: int) -> dict:
+    """-> prompts of these lengths, and what the model says of them."""
+    prompts, logprobs, answers, spread = [], [], [], 0.0
+    for length in lengths:
+        while True:
+            tokens = torch.randint(3, model.config.vocab_size, (1, length))
+            logits = model(tokens).logits[0].double()
+            answer = greedy(model, tokens, output_len)
+            if answer is not None:
+                break
+        ids = tokens[0].tolist()
+        scores = torch.log_softmax(logits, -1)
+        prompts.append(ids)
+        answers.append(answer)
+        logprobs.append([round(scores[i, ids[i + 1]].item(), 6) for i in range(length - 1)])
+        spread = max(spread, (logits.max() - logits.min()).item())
+    return {
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "prompts": prompts,
+        "logprobs": logprobs,
+        "spread": round(spread, 3),
+        "answers": answers,
+    }
+
+
+def greedy(model: transformers.PreTrainedModel, tokens: torch.Tensor, output_len: int) -> list[int] | None:
+    """-> the most likely tokens, or None if one of them is so by less than MIN_MARGIN."""
+    answer = []
+    for _ in range(output_len):
+        best = model(tokens).logits[0, -1].topk(2)
+        if best.values[0] - best.values[1] < MIN_MARGIN:
+            return None
+        answer.append(best.indices[0].item())
+        tokens = torch.cat([tokens, best.indices[:1].reshape(1, 1)], dim=1)
+    return answer
+
+
+def write(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.models.config import ModelConfig
-from engine.models.layers import apply_rope, gated_mlp, project, rms_norm, rope_tables
+from engine.models.config import LayerSpec, ModelConfig, RopeSpec
+from engine.models.layers import finite, gated_mlp, project, rms_norm, soft_cap
 from engine.models.params import Params
+from engine.models.rope import apply_rope, rope_tables
 from kernels.attention import AttentionSpec, Backend, RaggedBatch
+
+Rope = tuple[Array, Array] | None  # cosines and sines of each token's position
 
 
 def attention_spec(config: ModelConfig, index: int) -> AttentionSpec:
     """-> what layer `index` asks of the attention backend."""
-    layer = config.layers[index]
-    scale = config.head_dim**-0.5
-    return AttentionSpec(config.num_kv_heads, config.group, config.head_dim, scale, window=layer.window)
+    scale = config.attention_scale or config.head_dim**-0.5
+    return AttentionSpec(
+        config.num_kv_heads, config.group, config.head_dim, scale,
+        window=config.layers[index].window, soft_cap=config.attention_soft_cap,
+    )  # fmt: skip
 
 
 def forward(
@@ -34,47 +39,71 @@ def forward(
     """tokens [T] i32, positions [T] i32, one ragged batch -> hidden states [T, D] after the final norm, new caches."""
     with jax.named_scope("embed"):
         x = params["embed"][tokens]
-    ropes = {layer.rope: rope_tables(layer.rope, positions) for layer in config.layers if layer.rope is not None}
+        if config.embedding_scale != 1:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    ropes: dict[RopeSpec | None, Rope] = {None: None}
+    for layer in config.layers:
+        if layer.rope is not None and layer.rope not in ropes:
+            ropes[layer.rope] = rope_tables(layer.rope, positions, config.max_model_len)
     caches = []
     for i, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
-        rope = ropes[layer.rope] if layer.rope is not None else None
-        x, cache = _layer(config, backend, attention_spec(config, i), weights, kv_caches[i], x, rope, batch)
+        spec = attention_spec(config, i)
+        x, cache = _layer(config, layer, backend, spec, weights, kv_caches[i], x, ropes[layer.rope], batch)
         caches.append(cache)
     return rms_norm(x, params["final_norm"], config.norm_eps), caches
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))  # traced and lowered once for all layers that are alike; XLA inlines it
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced and lowered once for all layers that are alike; XLA inlines it
 def _layer(
+    config: ModelConfig,
+    layer: LayerSpec,
+    backend: Backend,
+    spec: AttentionSpec,
+    p: Params,
+    kv_cache: Any,
+    x: Array,
+    rope: Rope,
+    batch: RaggedBatch,
+) -> tuple[Array, Any]:
+    def norm(name: str, h: Array) -> Array:
+        return rms_norm(h, p[name], config.norm_eps) if name in p else h
+
+    with jax.named_scope("attention"):
+        h, kv_cache = _attention(config, backend, spec, p, kv_cache, norm("attn_norm", x), rope, batch)
+        x = x + norm("attn_post_norm", h)
+    with jax.named_scope("mlp"):
+        return x + norm("mlp_post_norm", _mlp(config, layer, p, norm("mlp_norm", x))), kv_cache
+
+
+def _attention(
     config: ModelConfig,
     backend: Backend,
     spec: AttentionSpec,
     p: Params,
     kv_cache: Any,
     x: Array,
-    rope: tuple[Array, Array] | None,
+    rope: Rope,
     batch: RaggedBatch,
 ) -> tuple[Array, Any]:
-    with jax.named_scope("attention"):
-        h = rms_norm(x, p["attn_norm"], config.norm_eps)
-        qkv = project(h, p["qkv"])
-        if config.qkv_bias:
-            qkv = qkv + p["qkv_bias"][None]
-        q, k, v = qkv[:, :, : config.group], qkv[:, :, config.group], qkv[:, :, config.group + 1]
-        if config.qk_norm:
-            q, k = rms_norm(q, p["q_norm"], config.norm_eps), rms_norm(k, p["k_norm"], config.norm_eps)
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        # A masked value still meets a weight of 0, and 0 * NaN is NaN: one bad row must not reach others through pages.
-        v = jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
-        attended, kv_cache = backend.update_and_attend(q, k, v, kv_cache, batch, spec)
-        x = x + attended.reshape(x.shape[0], -1) @ p["out"].reshape(-1, x.shape[1])
-    with jax.named_scope("mlp"):
-        h = rms_norm(x, p["mlp_norm"], config.norm_eps)
-        return x + gated_mlp(h, p["gate_up"], p["down"], config.activation), kv_cache
+    """Grouped-query attention (Ainslie et al. 2023). x [T, D] -> [T, D], new cache."""
+    qkv = project(x, p["qkv"], p.get("qkv_bias"))
+    q, k, v = qkv[:, :, : config.group], qkv[:, :, config.group], qkv[:, :, config.group + 1]
+    if config.qk_norm:
+        q, k = rms_norm(q, p["q_norm"], config.norm_eps), rms_norm(k, p["k_norm"], config.norm_eps)
+    if rope is not None:
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+    out, kv_cache = backend.update_and_attend(q, k, finite(v), kv_cache, batch, spec, sinks=p.get("sinks"))
+    return project(out.reshape(x.shape[0], -1), p["out"].reshape(-1, x.shape[1]), p.get("out_bias")), kv_cache
 
 
-def logits(params: Params, hidden: Array) -> Array:
+def _mlp(config: ModelConfig, layer: LayerSpec, p: Params, x: Array) -> Array:
+    """x [T, D] -> [T, D]."""
+    return gated_mlp(x, p["gate_up"], p["down"], config.activation, p.get("gate_up_bias"), p.get("down_bias"))
+
+
+def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
     """hidden [R, D] -> logits [R, V] float32."""
     with jax.named_scope("logits"):
         head = params.get("lm_head", params["embed"])
-        return jnp.einsum("rd,vd->rv", hidden, head, preferred_element_type=jnp.float32)
+        y = jnp.einsum("rd,vd->rv", hidden, head, preferred_element_type=jnp.float32)
+        return y if config.logit_soft_cap is None else soft_cap(y, config.logit_soft_cap)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from engine.models.config import ModelConfig
 from engine.models.families import Family
 from engine.models.params import ParamSpec, map_specs, param_specs
-from engine.weights.names import GGUF, is_neutral, tensor_name
+from engine.weights.names import GGUF, HF, is_neutral, tensor_name
 
 Path = tuple[Any, ...]  # of a parameter, e.g. ("layers", 3, "qkv")
 
@@ -20,7 +19,8 @@ Path = tuple[Any, ...]  # of a parameter, e.g. ("layers", 3, "qkv")
 class Part:
     """A block of a parameter: parameter[at] = tensor[rows].reshape(view)[take].transpose(order), in the block's shape.
 
-    All of it but the last reshape is a view, so a slice of a block reads that slice's bytes and no more.
+    `offset` is added, in float32. All else but the last reshape is a view, so that a slice of a block reads no more
+    than that slice's bytes.
     """
 
     tensor: str
@@ -31,11 +31,7 @@ class Part:
     at: tuple[slice, ...] = ()
     rows: tuple[int, int] | None = None  # first and end; None: all
     take: tuple[slice, ...] = ()
-
-    def of(self, tensor: np.ndarray) -> np.ndarray:
-        """-> the block, from the stored tensor [*shape]."""
-        rows = tensor if self.rows is None else tensor[slice(*self.rows)]
-        return rows.reshape(self.view)[self.take].transpose(self.order).reshape(self.block)
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,16 +41,6 @@ class Recipe:
     path: Path
     spec: ParamSpec
     parts: tuple[Part, ...]
-
-    def assemble(self, load: Callable[[str], np.ndarray]) -> np.ndarray:
-        """-> the parameter [*spec.shape] in the checkpoint's dtype; of one part alone, a view."""
-        if len(self.parts) == 1:
-            return self.parts[0].of(load(self.parts[0].tensor))
-        blocks = [(part.at, part.of(load(part.tensor))) for part in self.parts]
-        out = np.empty(self.spec.shape, blocks[0][1].dtype)
-        for at, block in blocks:
-            out[at] = block
-        return out
 
 
 def recipes(config: ModelConfig, family: Family, style: int) -> list[Recipe]:
@@ -86,7 +72,8 @@ def check_tensors(
 def _recipe(family: Family, style: int, path: Path, spec: ParamSpec) -> Recipe:
     layout = _LAYOUTS.get(path[-1], _as_it_is)
     parts = layout(path[-1], spec.shape, style == GGUF and family.gguf_rope_interleaved)
-    named = [replace(part, tensor=tensor_name(family, style, path, part.tensor)) for part in parts]
+    offset = family.norm_offset if style == HF and path[-1].endswith("norm") else 0.0
+    named = [replace(p, tensor=tensor_name(family, style, path, p.tensor), offset=offset) for p in parts]
     return Recipe(path, spec, tuple(_share_tensors(named)))
 
 
@@ -111,6 +98,11 @@ def _as_it_is(name: str, shape: tuple[int, ...], paired: bool) -> list[Part]:
     return [Part(name, shape, shape, tuple(range(len(shape))), shape)]
 
 
+def _flat(name: str, shape: tuple[int, ...], paired: bool) -> list[Part]:
+    """A vector over all heads: what norms over the whole width have."""
+    return [Part(name, (math.prod(shape),), shape, tuple(range(len(shape))), shape)]
+
+
 def _transposed(name: str, shape: tuple[int, ...], paired: bool) -> list[Part]:
     return [Part(name, shape[::-1], shape[::-1], (1, 0), shape)]
 
@@ -125,6 +117,13 @@ def _gate_up(name: str, shape: tuple[int, ...], paired: bool) -> list[Part]:
     return [
         Part(part, (F, D), (F, 1, D), (2, 1, 0), (D, 1, F), (slice(None), slice(i, i + 1)))
         for i, part in enumerate(("gate", "up"))
+    ]
+
+
+def _gate_up_bias(name: str, shape: tuple[int, ...], paired: bool) -> list[Part]:
+    _, F = shape
+    return [
+        Part(part, (F,), (1, F), (0, 1), (1, F), (slice(i, i + 1),)) for i, part in enumerate(("gate_bias", "up_bias"))
     ]
 
 
@@ -148,5 +147,8 @@ _LAYOUTS: dict[str, Callable[[str, tuple[int, ...], bool], list[Part]]] = {
     "qkv_bias": _qkv,
     "out": _out,
     "gate_up": _gate_up,
+    "gate_up_bias": _gate_up_bias,
+    "q_norm": _flat,
+    "k_norm": _flat,
     "down": _transposed,
 }

@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import Sharding
 
 from engine.models.config import ModelConfig
-from engine.models.families import Family, from_gguf, from_hugging_face
+from engine.models.families import Family
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
+from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
 from engine.weights.gguf import open_gguf
 from engine.weights.names import GGUF, HF
@@ -49,7 +50,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file() and path.suffix == ".gguf":
         file = open_gguf(path)
         shapes = {name: info.shape for name, info in file.tensors.items()}
-        family, config = from_gguf(str(path), file.metadata, shapes)
+        family, config = from_gguf(str(path), file.metadata, shapes, file.load)
         return Checkpoint(str(path), config, family, GGUF, {name: file.stored(name) for name in file.tensors})
     family, config = read_config(path)
     files = open_safetensors(path)
@@ -96,6 +97,6 @@ def load_params(checkpoint: Checkpoint, dtype: str, sharding: ShardingRule | Non
                 placed = [(part, place(part, *shard)) for part in by_path[path].parts for shard in shards]
                 streamer.fill([(tensors[part.tensor], placement) for part, placement in placed if placement])
 
-            return arrivals.make(spec.shape, dtype, sharding(path, spec) if sharding else None, fill)
+            return arrivals.make(spec.shape, spec.dtype or dtype, sharding(path, spec) if sharding else None, fill)
 
         return map_specs(one, param_specs(checkpoint.config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.models.families import Family
+from engine.models.families import GGUF_ROPE_TENSORS, Family
 
 HF, GGUF = 0, 1  # whose names a checkpoint has
 
@@ -13,8 +13,6 @@ TENSORS = {
     "embed": ("model.embed_tokens.weight", "token_embd.weight"),
     "final_norm": ("model.norm.weight", "output_norm.weight"),
     "lm_head": ("lm_head.weight", "output.weight"),
-}
-LAYER_TENSORS = {
     "attn_norm": ("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
     "q": ("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
     "k": ("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
@@ -25,20 +23,26 @@ LAYER_TENSORS = {
     "q_norm": ("model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
     "k_norm": ("model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
     "out": ("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+    "out_bias": ("model.layers.{}.self_attn.o_proj.bias", "blk.{}.attn_output.bias"),
+    "attn_post_norm": ("", "blk.{}.post_attention_norm.weight"),
     "mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
     "gate": ("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
     "up": ("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
     "down": ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+    "gate_bias": ("model.layers.{}.mlp.gate_proj.bias", "blk.{}.ffn_gate.bias"),
+    "up_bias": ("model.layers.{}.mlp.up_proj.bias", "blk.{}.ffn_up.bias"),
+    "down_bias": ("model.layers.{}.mlp.down_proj.bias", "blk.{}.ffn_down.bias"),
+    "mlp_post_norm": ("", "blk.{}.post_ffw_norm.weight"),
 }
 
 
 def tensor_name(family: Family, style: int, path: tuple[Any, ...], part: str) -> str:
     """-> the tensor that holds a part of the parameter at `path`, e.g. ("layers", 3, "qkv") and "q"."""
-    if path[0] != "layers":
-        return TENSORS[part][style]
-    return LAYER_TENSORS[part][style].format(path[1])
+    own = (family.names, family.gguf_names)[style]
+    name = own.get(part) or TENSORS[part][style]
+    return name.format(path[1]) if path[0] == "layers" else name
 
 
 def is_neutral(name: str, tied: bool) -> bool:
-    """-> whether a tensor may be there without being used: a saved rope buffer, or a tied head's copy."""
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+    """-> whether a tensor may be there without being used: rope's, which the config has, or a tied head's copy."""
+    return name.endswith("rotary_emb.inv_freq") or name in GGUF_ROPE_TENSORS or (tied and name == "lm_head.weight")

@@ -14,12 +14,16 @@ Range = tuple[int, int]  # first and end
 
 
 class Placement(NamedTuple):
-    """out[...] = tensor's elements from `base` on, seen as [*view], cut to `ranges`. `out` is a view of the shard."""
+    """out[...] = tensor's elements from `base` on, seen as [*view], cut to `ranges`. `out` is a view of the shard.
+
+    `offset` is added to them in float32.
+    """
 
     base: int
     view: tuple[int, ...]
     ranges: tuple[Range, ...]
     out: np.ndarray
+    offset: float = 0.0
 
 
 def place(part: Part, shard: np.ndarray, corner: Sequence[int]) -> Placement | None:
@@ -47,7 +51,8 @@ def place(part: Part, shard: np.ndarray, corner: Sequence[int]) -> Placement | N
     back = np.argsort(part.order)
     stored = [(ranges[i][0] + takes[axis][0], ranges[i][1] + takes[axis][0]) for axis, i in enumerate(back)]
     first_row = part.rows[0] if part.rows else 0
-    return Placement(first_row * math.prod(part.shape[1:]), part.view, tuple(stored), out.transpose(back))
+    base = first_row * math.prod(part.shape[1:])
+    return Placement(base, part.view, tuple(stored), out.transpose(back), part.offset)
 
 
 def _regroup(part: Part, ranges: Sequence[Range], sizes: Sequence[int]) -> list[Range]:

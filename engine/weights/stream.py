@@ -34,6 +34,7 @@ class Copy(NamedTuple):
     start: int
     steps: tuple[int, ...]
     out: np.ndarray
+    offset: float  # added to them in float32
 
 
 class Streamer:
@@ -73,14 +74,17 @@ class Streamer:
         tensor, out = copy.tensor, copy.out
         *leading, columns = out.shape
         rows = math.prod(leading)
-        if tensor.dtype == out.dtype and out.strides[-1] == out.itemsize and (flat := _as_rows(out)) is not None:
+        as_it_is = tensor.dtype == out.dtype and out.strides[-1] == out.itemsize and not copy.offset
+        if as_it_is and (flat := _as_rows(out)) is not None:
             _read(copy, flat)
             return
         buffer = self._buffer(rows, columns, tensor.dtype)
         _read(copy, buffer)
+        if copy.offset:
+            buffer = buffer.astype(np.float32) + np.float32(copy.offset)
         if buffer.dtype != out.dtype:
             buffer = _convert(buffer, self._buffer(rows, columns, out.dtype, "converted"))
-        out[...] = buffer.reshape(out.shape)  # splits the first axis: a view
+        out[...] = buffer.reshape(out.shape)
 
     def _buffer(self, rows: int, columns: int, dtype: np.dtype, name: str = "stored") -> np.ndarray:
         """-> this thread's buffer of that name as [rows, columns], with rows an odd number of cache lines apart."""
@@ -109,18 +113,20 @@ def _copies(tensor: StoredTensor, placement: Placement) -> Iterator[Copy]:
     if not axes or axes[-1][1] != 1:
         axes.append((1, 1, out.itemsize))
     sizes, steps, strides = (list(values) for values in zip(*axes, strict=True))
-    yield from _blocks(tensor, start, steps, np.lib.stride_tricks.as_strided(out, sizes, strides))
+    merged = np.lib.stride_tricks.as_strided(out, sizes, strides)
+    yield from _blocks(Copy(tensor, start, tuple(steps), merged, placement.offset))
 
 
-def _blocks(tensor: StoredTensor, start: int, steps: list[int], out: np.ndarray) -> Iterator[Copy]:
-    """Yields the copy of all of `out` in blocks of at most MAX_ROWS by MAX_COLUMNS."""
+def _blocks(copy: Copy) -> Iterator[Copy]:
+    """Yields a copy in blocks of at most MAX_ROWS by MAX_COLUMNS."""
+    tensor, start, steps, out, _ = copy
     *leading, columns = out.shape
     if columns > MAX_COLUMNS:
         whole = columns // MAX_COLUMNS * MAX_COLUMNS
         folded = np.reshape(out[..., :whole], (*leading, -1, MAX_COLUMNS), copy=False)
-        yield from _blocks(tensor, start, [*steps[:-1], MAX_COLUMNS, 1], folded)
+        yield from _blocks(copy._replace(steps=(*steps[:-1], MAX_COLUMNS, 1), out=folded))
         if whole < columns:
-            yield from _blocks(tensor, start + whole, steps, out[..., whole:])
+            yield from _blocks(copy._replace(start=start + whole, out=out[..., whole:]))
         return
     most = BLOCK_BYTES // (columns * max(tensor.dtype.itemsize, out.itemsize))
     most = 1 << max(MIN_ROWS, min(MAX_ROWS, most)).bit_length() - 1
@@ -129,13 +135,14 @@ def _blocks(tensor: StoredTensor, start: int, steps: list[int], out: np.ndarray)
         cut -= 1
         rows *= leading[cut]
     if cut == 0:
-        yield Copy(tensor, start, tuple(steps), out)
+        yield copy
         return
     axis, piece = cut - 1, max(1, most // rows)
     for index in np.ndindex(*leading[:axis]):
         first = start + sum(i * step for i, step in zip(index, steps, strict=False))
         for i in range(0, leading[axis], piece):
-            yield Copy(tensor, first + i * steps[axis], tuple(steps[axis:]), out[index][i : i + piece])
+            block = out[index][i : i + piece]
+            yield copy._replace(start=first + i * steps[axis], steps=steps[axis:], out=block)
 
 
 def _read(copy: Copy, rows: np.ndarray) -> None:

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from engine.models.families import from_gguf, from_hugging_face
 from engine.weights.load import load_params, open_checkpoint
-from engine.weights.names import GGUF, HF, LAYER_TENSORS
+from engine.weights.names import GGUF, HF, TENSORS
 
 CONFIG = dict(
     architectures=["Qwen2ForCausalLM"],
@@ -44,7 +43,7 @@ def weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         )  # fmt: skip
         if config["architectures"] == ["Qwen2ForCausalLM"]:
             layer |= dict(q_bias=(K * G * H,), k_bias=(K * H,), v_bias=(K * H,))
-        shapes |= {LAYER_TENSORS[part][HF].format(i): shape for part, shape in layer.items()}
+        shapes |= {TENSORS[part][HF].format(i): shape for part, shape in layer.items()}
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -68,7 +67,7 @@ def save_gguf(path: pathlib.Path, architecture: str, config: dict, tensors: dict
     writer.add_rope_freq_base(config["rope_theta"])
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     names["lm_head.weight"] = "output.weight"
-    for pair in LAYER_TENSORS.values():
+    for pair in TENSORS.values():
         names |= {pair[HF].format(i): pair[GGUF].format(i) for i in range(config["num_hidden_layers"])}
     for name, tensor in tensors.items():
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
@@ -136,35 +135,6 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path: pathlib.Path,
     change(tensors)
     with pytest.raises(ValueError, match=message):
         load(save_folder(tmp_path / "folder", LLAMA, tensors))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"architectures": ["BertModel"]}, "architecture 'BertModel' is not one of"),
-        ({"architectures": None}, "architectures must name one architecture"),
-        ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "32"}, "hidden_size must be of type int"),
-        ({"hidden_size": -32}, "hidden_size is out of range"),
-        ({"num_key_value_heads": 3}, "4 heads are no multiple of 3 KV heads"),
-        ({"hidden_act": "relu6"}, "activation 'relu6' is not one of"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
-        ({"attention_bias": True}, "attention_bias and mlp_bias are not supported for llama"),
-        ({"num_hidden_layers": 2**30}, "num_hidden_layers is out of range"),
-    ],
-)
-def test_a_config_that_cannot_be_met_names_the_key(change: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        from_hugging_face("config.json", LLAMA | change)
-
-
-def test_a_gguf_with_scaled_rope_factors_is_refused_by_name():
-    metadata = {"general.architecture": "llama"} | {
-        f"llama.{k}": v for k, v in {"attention.head_count": 4, "embedding_length": 32}.items()
-    }
-    with pytest.raises(ValueError, match="rope_freqs.weight"):
-        from_gguf("x.gguf", metadata, {"token_embd.weight": (60, 32), "rope_freqs.weight": (4,)})
 
 
 def test_a_path_that_holds_no_model_says_so(tmp_path: pathlib.Path):

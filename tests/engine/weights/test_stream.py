@@ -74,6 +74,15 @@ def test_parts_of_blocks_are_dequantized_like_the_whole(tmp_path, name):
     np.testing.assert_array_equal(stream(tensor, np.zeros((16, 667), np.float32), ranges), whole[3:19, 33:700])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_an_offset_is_added_in_float32(tmp_path, dtype):
+    array = np.random.default_rng(0).standard_normal(500).astype(ml_dtypes.bfloat16)
+    out = np.zeros(500, dtype)
+    with Streamer() as streamer:
+        streamer.fill([(store(tmp_path, array), Placement(0, (500,), ((0, 500),), out, offset=1.0))])
+    np.testing.assert_array_equal(out, (array.astype(np.float32) + 1).astype(dtype))
+
+
 def test_more_pieces_than_one_system_call_takes_are_read(tmp_path):
     data = np.arange(9000, dtype=np.uint16)
     (tmp_path / "data").write_bytes(data.tobytes())

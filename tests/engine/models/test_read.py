@@ -1,0 +1,88 @@
+"""What a checkpoint says of its model is checked key by key, and refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.models.read import from_gguf, from_hugging_face
+
+LLAMA = dict(
+    architectures=["LlamaForCausalLM"],
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=60,
+    max_position_embeddings=128,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["BertModel"]}, "architecture 'BertModel' is not one of"),
+        ({"architectures": None}, "architectures must name one architecture"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "32"}, "hidden_size must be of type int"),
+        ({"hidden_size": -32}, "hidden_size is out of range"),
+        ({"num_key_value_heads": 3}, "4 heads are no multiple of 3 KV heads"),
+        ({"hidden_act": "relu6"}, "activation 'relu6' is not one of"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers is out of range"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope type 'mrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, "rope_scaling: factor is out of range"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1, 1], "long_factor": [1, 1]}},
+            "short_factor must have 4 entries, got 2",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1, 1, 1, 0], "long_factor": [1] * 4}},
+            r"short_factor\[3\] is out of range: 0",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "high_freq_factor must be more than low_freq_factor",
+        ),
+        ({"partial_rotary_factor": 0.4}, "rope over 3 of 8 dimensions is not possible"),
+        ({"layer_types": ["full_attention"]}, "layer_types must have 2 entries, got 1"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types must be of full_attention"),
+        ({"no_rope_layers": [1, "x"]}, r"no_rope_layers\[1\] must be of type int"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+    ],
+)
+def test_a_config_that_cannot_be_met_names_the_key(change: dict, message: str):
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        from_hugging_face("config.json", LLAMA | change)
+
+
+def gguf_metadata(**values) -> dict:
+    sizes = {
+        "block_count": 2, "embedding_length": 32, "feed_forward_length": 48, "context_length": 128,
+        "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5,
+    }  # fmt: skip
+    return {"general.architecture": "llama"} | {f"llama.{key}": value for key, value in (sizes | values).items()}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_count": 0}, "llama.block_count is out of range: 0"),
+        ({"embedding_length": None}, "llama.embedding_length is missing"),
+        ({"attention.head_count": np.array([4, 2])}, "llama.attention.head_count must be of type int"),
+        ({"rope.scaling.type": "ntk"}, "rope type 'ntk' is not supported"),
+        ({"rope.scaling.type": "longrope"}, "llama.rope.scaling: short_factor is missing"),
+    ],
+)
+def test_gguf_metadata_that_cannot_be_met_names_the_key_as_the_file_does(values: dict, message: str):
+    with pytest.raises(ValueError, match=f"x.gguf: .*{message}"):
+        from_gguf("x.gguf", gguf_metadata(**values), {"token_embd.weight": (60, 32)}, np.zeros)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2**30,)])
+def test_gguf_rope_factors_of_a_wrong_shape_are_not_loaded(shape: tuple[int, ...]):
+    shapes = {"token_embd.weight": (60, 32), "rope_freqs.weight": shape}
+    with pytest.raises(ValueError, match="tensor rope_freqs.weight has shape"):
+        from_gguf("x.gguf", gguf_metadata(), shapes, lambda name: pytest.fail("loaded"))

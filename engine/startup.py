@@ -34,7 +34,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     dummy = config.load_format == "dummy"
     path = locate(config.model, config.revision, weights=not dummy)
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
-    model = checkpoint.config if checkpoint else read_config(path)[1]
+    model = checkpoint.config if checkpoint else read_config(path)
     resolved = config.resolve(model_max_len=model.max_model_len, platform=jax.devices()[0].platform)
     model = replace(model, max_model_len=resolved.max_model_len)  # some rope scalings ask how long a sequence may get
     tokenizer = None

@@ -18,6 +18,8 @@ import numpy as np
 from engine.weights.gguf_blocks import BLOCK_TYPES, TYPE_NAMES, dequantize
 from engine.weights.stored import BlockTensor, OpenFile
 
+VOCABULARY_NAME = "tokenizer.gguf"  # what a converted model's folder calls the metadata alone
+
 # More than any model has, and little enough that a hostile header is refused within a second and 200 MB.
 MAX_HEADER_BYTES = 1 << 25  # the largest known has 16 MB
 MAX_KEYS = 1 << 13
@@ -58,6 +60,7 @@ class GGUFFile:
         header = _Header(self.path, mapping)
         self.metadata = header.metadata
         self.tensors = header.tensors
+        self._metadata_end = header.metadata_end
         # The views that users take keep the mapping alive, so nothing dangles after close().
         self._bytes: np.ndarray | None = np.frombuffer(mapping, np.uint8)
         self._file: OpenFile | None = None
@@ -80,6 +83,12 @@ class GGUFFile:
         tensor = self.tensors[name]
         self._file = self._file or OpenFile(self.path)
         return BlockTensor(self._file, tensor.offset, BLOCK_TYPES[tensor.type], tensor.shape)
+
+    def without_tensors(self) -> bytes:
+        """-> a file with the same metadata and no tensors: what a tokenizer is read from."""
+        with open(self.path, "rb") as file:
+            magic_and_version, _, rest = file.read(8), file.read(8), file.read(self._metadata_end - 16)
+        return magic_and_version + _U64.pack(0) + rest
 
     def close(self) -> None:
         """Let go of the file; views from `raw` stay valid."""
@@ -129,6 +138,7 @@ class _Header:
             if key in self.metadata:
                 self.fail(f"metadata[{index}]", f"the key {key!r:.100} is there twice")
             self.metadata[key] = self.value(self.u32(f"{key} (type)"), key)
+        self.metadata_end = self.position
 
         self.tensors: dict[str, TensorInfo] = {}
         for index in range(num_tensors):

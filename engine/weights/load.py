@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 
 from engine.models.config import ModelConfig
 from engine.models.families import Family
@@ -21,13 +20,12 @@ from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
 from engine.weights.gguf import open_gguf
 from engine.weights.names import GGUF, HF
+from engine.weights.orbax import OrbaxCheckpoint, is_orbax, open_orbax, restore
 from engine.weights.place import place
 from engine.weights.safetensors import open_safetensors
-from engine.weights.shards import Arrivals, Shard
+from engine.weights.shards import Arrivals, Shard, ShardingRule
 from engine.weights.stored import StoredTensor, read_all
 from engine.weights.stream import Streamer
-
-ShardingRule = Callable[[tuple[Any, ...], ParamSpec], Sharding]  # (path, spec) -> where the parameter goes
 
 
 @dataclass(frozen=True)
@@ -45,19 +43,29 @@ class Checkpoint:
         return read_all(self.tensors[name])
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """-> the checkpoint of a .gguf file or a Hugging Face folder. Errors: ValueError that names file and field."""
+def open_checkpoint(path: Path) -> Checkpoint | OrbaxCheckpoint:
+    """-> the checkpoint of a .gguf file, a Hugging Face folder or a folder from `engine.convert`.
+
+    Errors: ValueError that names file and field.
+    """
+    if is_orbax(path):
+        return open_orbax(path)
     if path.is_file() and path.suffix == ".gguf":
         file = open_gguf(path)
         shapes = {name: info.shape for name, info in file.tensors.items()}
         family, config = from_gguf(str(path), file.metadata, shapes, file.load)
         return Checkpoint(str(path), config, family, GGUF, {name: file.stored(name) for name in file.tensors})
-    family, config = read_config(path)
+    family, config = _read_config(path)
     files = open_safetensors(path)
     return Checkpoint(str(path), config, family, HF, {name: files.stored(name) for name in files.tensors})
 
 
-def read_config(folder: Path) -> tuple[Family, ModelConfig]:
+def read_config(folder: Path) -> ModelConfig:
+    """-> the config of a folder, without its tensors. Errors: ValueError."""
+    return open_orbax(folder).config if is_orbax(folder) else _read_config(folder)[1]
+
+
+def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """-> family and config from a folder's config.json. Errors: ValueError."""
     file = folder / "config.json"
     if not file.is_file():
@@ -71,7 +79,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     return from_hugging_face(str(file), values)
 
 
-def load_params(checkpoint: Checkpoint, dtype: str, sharding: ShardingRule | None = None) -> Params:
+def load_params(checkpoint: Checkpoint | OrbaxCheckpoint, dtype: str, sharding: ShardingRule | None = None) -> Params:
     """-> the model's parameters in `dtype`, read from the files straight into the memory of their shards.
 
     Only what this host's devices hold is read: with `sharding`, the shards of each parameter that are addressable
@@ -80,6 +88,8 @@ def load_params(checkpoint: Checkpoint, dtype: str, sharding: ShardingRule | Non
 
     Errors: ValueError that names missing, surplus or misshapen tensors, or a file that cannot be read.
     """
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        return restore(checkpoint, dtype, sharding)
     made = recipes(checkpoint.config, checkpoint.family, checkpoint.style)
     tensors = checkpoint.tensors
     check_tensors(checkpoint.source, checkpoint.config, made, {name: t.shape for name, t in tensors.items()})

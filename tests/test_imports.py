@@ -22,7 +22,7 @@ LAYERS = """
     llm
     core startup
     chat_template detokenizer stop_strings tokenizer tokenizer_files vocab
-    runner
+    pooling runner
     batch memory speculate step weights
     scheduler
     models sampler

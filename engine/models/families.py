@@ -35,6 +35,7 @@ class Family:
         False  # projections of the latent to keys and values are one tensor, as in older GGUF files
     )
     fused_experts: bool = False  # a Hugging Face tensor holds all experts [experts, in, out], gate and up side by side
+    packed_experts: bool = False  # and it is [experts, out, in], as MXFP4 has it
     moe: Callable[[Fields, int], MoeSpec | None] | None = None  # a layer's experts, by its index
     latent: Callable[[Fields], LatentSpec] | None = None
 

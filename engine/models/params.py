@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from engine.models.config import LatentSpec, LayerSpec, ModelConfig, MoeSpec
 
@@ -162,8 +161,3 @@ def random_params(config: ModelConfig, dtype: str, seed: int) -> Params:
 
 def _is_spec(node: Any) -> bool:
     return isinstance(node, ParamSpec)
-
-
-def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
-    """-> the array in the engine's dtype, C-contiguous."""
-    return np.ascontiguousarray(array.astype(jnp.dtype(dtype), copy=False))

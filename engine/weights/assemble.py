@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from engine.models.config import ModelConfig
 from engine.models.families import Family
 from engine.models.params import ParamSpec, map_specs, param_specs
@@ -26,16 +24,6 @@ class Recipe:
     path: Path
     spec: ParamSpec
     parts: tuple[Part, ...]
-
-    def assemble(self, load: Callable[[str], np.ndarray]) -> np.ndarray:
-        """-> the parameter [*spec.shape] in the checkpoint's dtype; of one part alone, a view."""
-        if len(self.parts) == 1:
-            return self.parts[0].of(load(self.parts[0].tensor))
-        blocks = [(part.at, part.of(load(part.tensor))) for part in self.parts]
-        out = np.empty(self.spec.shape, blocks[0][1].dtype)
-        for at, block in blocks:
-            out[at] = block
-        return out
 
 
 def recipes(config: ModelConfig, family: Family, style: int) -> list[Recipe]:

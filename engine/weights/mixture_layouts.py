@@ -18,6 +18,8 @@ def _experts_gate_up(name: str, shape: Shape, config: ModelConfig, family: Famil
     """A GGUF file has a tensor [experts, out, in] for gate and one for up; a folder a pair for each expert, or one for
     all, [experts, in, out], with gate and up side by side."""
     E, D, _, F = shape
+    if style != GGUF and family.packed_experts:
+        return [Part(name, (E, 2 * F, D), (E, F, 2, D), (0, 3, 2, 1), shape)]
     if style != GGUF and family.fused_experts:
         return [Part(name, (E, D, 2 * F), (E, D, F, 2), (0, 1, 3, 2), shape)]
     if style == GGUF:
@@ -34,9 +36,9 @@ def _experts_gate_up(name: str, shape: Shape, config: ModelConfig, family: Famil
 
 def _experts_down(name: str, shape: Shape, config: ModelConfig, family: Family, style: int) -> list[Part]:
     E, F, D = shape
-    if style != GGUF and family.fused_experts:
+    if style != GGUF and family.fused_experts and not family.packed_experts:
         return [Part(name, shape, shape, (0, 1, 2), shape)]
-    if style == GGUF:
+    if style == GGUF or family.packed_experts:
         return [Part(name, (E, D, F), (E, D, F), (0, 2, 1), shape)]
     return [Part(f"{name}.{e}", (D, F), (1, D, F), (0, 2, 1), (1, F, D), (slice(e, e + 1),)) for e in range(E)]
 

@@ -1,72 +1,79 @@
-"""MXFP4 weights (OCP Microscaling Formats 1.0): blocks of 32 four-bit floats that share a power of two.
+"""MXFP4 weights of a folder (OCP Microscaling Formats 1.0): blocks of 32 four-bit floats that share a power of two.
 
-A Hugging Face folder has them as two tensors, NAME_blocks and NAME_scales, which are shown here as the one they stand
-for; a GGUF file as a block type of its own (`gguf.py`), with another order of elements.
+A tensor is stored as two, NAME_blocks and NAME_scales, which are shown here as the one that they stand for. GGUF files
+have them as a block type, with another order of elements (`gguf_blocks.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
-# Twice what the four bits mean, sign, two bits of exponent, one of mantissa: with half the scale, which is finite.
-DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12], np.float32)
-BLOCK = 32  # elements of a block
+from engine.weights.gguf_blocks import DOUBLED_E2M1, half_scales
+from engine.weights.stored import StoredTensor
+
+BLOCK = 32  # elements of a block, in 16 bytes
 # The two elements of a byte, low bits first, next to each other as 64 bits.
-_PAIRS = np.stack([DOUBLED[np.arange(256) & 15], DOUBLED[np.arange(256) >> 4]], axis=1).view(np.uint64)[:, 0]
-
-
-def half_scales(scales: np.ndarray) -> np.ndarray:
-    """-> half the powers of two that uint8 exponents stand for, 2^(scale - 128). float32, same shape"""
-    return np.ldexp(np.float32(1), scales.astype(np.int32) - 128)
+_PAIRS = np.stack([DOUBLED_E2M1[np.arange(256) & 15], DOUBLED_E2M1[np.arange(256) >> 4]], axis=1).view(np.uint64)[:, 0]
 
 
 def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """blocks uint8 [..., n, 16] of neighbours in pairs, scales uint8 [..., n] -> float32 [..., 32 n]."""
+    """blocks uint8 [..., 16] of neighbours in pairs, scales uint8 [...] -> float32 [..., 32]."""
     values = _PAIRS[blocks].view(np.float32)
     values *= half_scales(scales)[..., None]
-    return values.reshape(*values.shape[:-2], -1)
+    return values
 
 
-def with_dequantized(
-    source: str, shapes: Mapping[str, tuple[int, ...]], load: Callable[[str], np.ndarray]
-) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """-> a folder's tensors, by shape and loader, with those in MXFP4 under the names that they stand for.
+@dataclass(frozen=True)
+class MicroscaledTensor:
+    """A StoredTensor of blocks uint8 [..., n, 16] and scales uint8 [..., n]: [..., 32 n] in bfloat16.
 
-    NAME_blocks [experts, out, in / 32, 16] and NAME_scales [experts, out, in / 32], uint8, become NAME [experts, in,
-    out], bfloat16, which holds every one of their values exactly. Errors: ValueError that names the tensor.
+    bfloat16 holds all of their values exactly: they have two significant bits, and float32's exponents.
     """
-    shown = dict(shapes)
-    quantized: set[str] = set()
-    for blocks in (name for name in shapes if name.endswith("_blocks")):
+
+    blocks: StoredTensor
+    scales: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * BLOCK)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """See stored.StoredTensor."""
+        first, end = start // BLOCK, -(-(start + out.size) // BLOCK)
+        blocks, scales = np.empty((end - first, BLOCK // 2), np.uint8), np.empty(end - first, np.uint8)
+        self.blocks.read(first * BLOCK // 2, blocks.reshape(1, -1))
+        self.scales.read(first, scales.reshape(1, -1))
+        skip = start - first * BLOCK
+        out[...] = dequantize(blocks, scales).reshape(-1)[skip : skip + out.size].reshape(out.shape)
+
+
+def with_dequantized(source: str, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """-> a folder's tensors, with each pair NAME_blocks and NAME_scales as one, NAME.
+
+    Errors: ValueError that names the tensor.
+    """
+    shown = dict(tensors)
+    for blocks in (name for name in tensors if name.endswith("_blocks")):
         name = blocks.removesuffix("_blocks")
-        scales = f"{name}_scales"
-        shape = shapes[blocks]
-        if len(shape) != 4 or shape[-1] != 16:
-            raise ValueError(
-                f"{source}: {blocks} has shape {shape}, expected [experts, out, in / {BLOCK}, {BLOCK // 2}]"
-            )
-        if shapes.get(scales) != shape[:-1]:
-            raise ValueError(f"{source}: {scales} has shape {shapes.get(scales)}, expected {shape[:-1]}")
-        if name in shapes:
+        scales, shape = f"{name}_scales", tensors[blocks].shape
+        if len(shape) < 2 or shape[-1] != BLOCK // 2:
+            raise ValueError(f"{source}: {blocks} has shape {shape}, expected [..., in / {BLOCK}, {BLOCK // 2}]")
+        if scales not in tensors:
+            raise ValueError(f"{source}: tensors are missing: {scales}")
+        if tensors[scales].shape != shape[:-1]:
+            raise ValueError(f"{source}: {scales} has shape {tensors[scales].shape}, expected {shape[:-1]}")
+        for part in (blocks, scales):
+            if tensors[part].dtype != np.uint8:
+                raise ValueError(f"{source}: {part} must be of uint8, is of {tensors[part].dtype}")
+        if name in tensors:
             raise ValueError(f"{source}: {name} is there twice, plain and as {blocks}")
-        del shown[blocks], shown[scales]
-        shown[name] = (shape[0], shape[2] * BLOCK, shape[1])
-        quantized.add(name)
-
-    def load_shown(name: str) -> np.ndarray:
-        if name not in quantized:
-            return load(name)
-        blocks, scales = load(f"{name}_blocks"), load(f"{name}_scales")
-        for part, array in ((f"{name}_blocks", blocks), (f"{name}_scales", scales)):
-            if array.dtype != np.uint8:
-                raise ValueError(f"{source}: {part} must be U8, is {array.dtype}")
-        experts, width, height = shown[name]
-        out = np.empty((experts, height, width), ml_dtypes.bfloat16)
-        for expert in range(experts):
-            out[expert] = dequantize(blocks[expert], scales[expert])
-        return out.transpose(0, 2, 1)
-
-    return shown, load_shown
+        shown[name] = MicroscaledTensor(shown.pop(blocks), shown.pop(scales))
+    return shown

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class Part:
@@ -24,9 +22,3 @@ class Part:
     rows: tuple[int, int] | None = None  # first and end; None: all
     take: tuple[slice, ...] = ()
     offset: float = 0.0
-
-    def of(self, tensor: np.ndarray) -> np.ndarray:
-        """-> the block, from the stored tensor [*shape]."""
-        rows = tensor if self.rows is None else tensor[slice(*self.rows)]
-        block = rows.reshape(self.view)[self.take].transpose(self.order).reshape(self.block)
-        return block.astype(np.float32) + np.float32(self.offset) if self.offset else block

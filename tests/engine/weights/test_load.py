@@ -81,7 +81,7 @@ def save_gguf(path: pathlib.Path, architecture: str, config: dict, tensors: dict
 
 
 def load(path: pathlib.Path, dtype: str = "float32"):
-    return load_params(open_checkpoint(path), dtype, lambda path, array: jax.device_put(array))
+    return load_params(open_checkpoint(path), dtype)
 
 
 @pytest.mark.parametrize(("config", "architecture"), [(CONFIG, "qwen2"), (LLAMA, "llama")])

@@ -25,7 +25,8 @@ def _setting(
 class EngineConfig:
     """Settings under vLLM's names. None means: from the model or the device (`resolve`). Errors: ValueError."""
 
-    model: str = _setting("", "A GGUF file, or a Hugging Face folder with safetensors.")
+    model: str = _setting("", "A GGUF file, a folder with safetensors or from engine.convert, or ORG/NAME on the hub.")
+    revision: str | None = _setting(None, "Branch, tag or commit of a model on the hub; default: its main branch.")
     tokenizer: str | None = _setting(None, "Where the tokenizer is, if not with the model.")
     skip_tokenizer_init: bool = _setting(
         False, "Load no tokenizer: prompts are token ids, no text comes back.", kind=bool
@@ -84,7 +85,7 @@ class EngineConfig:
             if number and meta["low"] is not None and not value >= meta["low"]:
                 raise ValueError(f"{setting.name}: must be at least {meta['low']}, got {value}")
         if not self.model:
-            raise ValueError("model: name a GGUF file or a Hugging Face folder")
+            raise ValueError("model: name a GGUF file, a folder, or a repository of the hub")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.block_size is not None and self.block_size not in PAGE_SIZES:

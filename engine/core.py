@@ -14,6 +14,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.detokenizer import Detokenizer
 from engine.models.config import ModelConfig
 from engine.pages import PagePool
+from engine.pooling import Pooler
 from engine.request import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -73,6 +74,7 @@ class EngineCore:
             max_model_len=resolved.max_model_len,
             policy=config.scheduling_policy,
         )
+        self._pooler = Pooler(runner, self.scheduler.pool, resolved)
         self._random = random.Random(config.seed)
         self._groups: dict[str, Group] = {}
         self._detokenizers: dict[Request, Detokenizer] = {}
@@ -130,6 +132,20 @@ class EngineCore:
                 self._detokenizers[request] = Detokenizer(self.tokenizer, group.prompt_token_ids, group.params)
         self._groups[group.request_id] = group
         self._prompt_tokens += len(group.prompt_token_ids)
+
+    def read_embedding_prompt(self, prompt: Prompt) -> list[int]:
+        """-> the tokens of a prompt to embed, checked; for any thread. Errors: RequestError."""
+        _, token_ids = self._read_prompt(prompt)
+        if len(token_ids) > self.resolved.max_model_len:
+            raise RequestError(
+                "prompt", f"{len(token_ids)} tokens are more than max_model_len, {self.resolved.max_model_len} tokens"
+            )
+        return token_ids
+
+    def embed(self, prompts: Sequence[Sequence[int]], pooling: str, normalize: bool) -> np.ndarray:
+        """-> one vector for each prompt [prompts, hidden] float32, at once. Errors: as pooling.Pooler.embed."""
+        self._prompt_tokens += sum(map(len, prompts))
+        return self._pooler.embed(prompts, pooling, normalize)
 
     def abort(self, request_id: str) -> None:
         """End a request at once and free its pages; unknown ids are ignored."""

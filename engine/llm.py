@@ -10,7 +10,16 @@ from tqdm import tqdm
 
 from engine.config import make_config
 from engine.core import Prompt, Stats
-from engine.request import Group, RequestError, RequestOutput, SamplingParams, Update
+from engine.pooling import MAX_ROWS, POOLINGS
+from engine.request import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Group,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    Update,
+)
 from engine.startup import start
 from engine.tokenizer import Tokenizer
 
@@ -77,6 +86,29 @@ class LLM:
         prompts = [self.chat_prompt(conversation, **options, **kwargs) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """-> one vector for each prompt, in order: hidden states after the final norm, of the "last" token, the "mean"
+        of all, or the first ("cls"); with `normalize`, of length 1. Errors: RequestError; then nothing was computed.
+        """
+        if pooling not in POOLINGS:
+            raise RequestError("pooling", f"must be one of {POOLINGS}, got {pooling!r:.80}")
+        tokens = [self.core.read_embedding_prompt(prompt) for prompt in _batch(prompts)]
+        outputs = []
+        with tqdm(total=len(tokens), desc="embedding", unit="seq", disable=None if use_tqdm else True) as bar:
+            for start in range(0, len(tokens), MAX_ROWS):
+                for vector in self.core.embed(tokens[start : start + MAX_ROWS], pooling, normalize):
+                    ids = tokens[len(outputs)]
+                    outputs.append(EmbeddingRequestOutput(str(next(self._ids)), EmbeddingOutput(vector.tolist()), ids))
+                    bar.update()
+        return outputs
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Update]:
         """-> what each step adds to the answer to one prompt, as it comes. Closing the iterator aborts the request."""
         return self._run(self._prepare([prompt], sampling_params, None))
@@ -105,8 +137,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
     ) -> list[Group]:
-        one = isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        batch: Sequence[Any] = [prompts] if one else prompts  # type: ignore[assignment]
+        batch = _batch(prompts)
         count = len(batch)
         each = [params or SamplingParams()] * count if params is None or isinstance(params, SamplingParams) else params
         for name, values in (("sampling_params", each), ("priority", priority or [0] * count)):
@@ -131,3 +162,9 @@ class LLM:
             for group in groups:
                 if not group.finished():
                     self.core.abort(group.request_id)
+
+
+def _batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+    """-> the prompts as a list, also if there is one alone."""
+    one = isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if one else prompts  # type: ignore[return-value]

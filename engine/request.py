@@ -21,6 +21,10 @@ MAX_BAD_WORDS = 64  # token sequences, after tokenization
 MAX_BAD_WORD_TOKENS = 8
 
 
+class NoRoom(Exception):
+    """Running requests hold the KV cache's pages; there will be room when some have ended."""
+
+
 class RequestError(ValueError):
     """A request that cannot be served as asked. `field` names the parameter at fault."""
 
@@ -195,6 +199,21 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    embedding: list[float]
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """The vector of one prompt."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
 
 
 @dataclass(slots=True, eq=False)

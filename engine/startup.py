@@ -17,6 +17,7 @@ from engine.memory import limit_gpu_pool
 from engine.models.params import random_params
 from engine.runner import Runner, enable_compilation_cache
 from engine.tokenizer_files import load_tokenizer
+from engine.weights.hub import locate
 from engine.weights.load import load_params, open_checkpoint, read_config
 
 
@@ -30,14 +31,16 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it names each absent backend
     enable_compilation_cache(config.compilation_cache_dir)
     limit_gpu_pool(config)
-    path, dummy = Path(config.model), config.load_format == "dummy"
+    dummy = config.load_format == "dummy"
+    path = locate(config.model, config.revision, weights=not dummy)
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
-    model = checkpoint.config if checkpoint else read_config(path)[1]
+    model = checkpoint.config if checkpoint else read_config(path)
     resolved = config.resolve(model_max_len=model.max_model_len, platform=jax.devices()[0].platform)
     model = replace(model, max_model_len=resolved.max_model_len)  # some rope scalings ask how long a sequence may get
     tokenizer = None
     if not config.skip_tokenizer_init and (config.tokenizer or not dummy):
-        tokenizer = load_tokenizer(Path(config.tokenizer or config.model))
+        own = locate(config.tokenizer, weights=False, setting="tokenizer") if config.tokenizer else None
+        tokenizer = load_tokenizer(own or path)
     if config.chat_template is not None:
         if tokenizer is None:
             raise ValueError("chat_template: is of no use without a tokenizer; leave it out")
@@ -45,6 +48,6 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     if checkpoint is None or dummy:
         params = random_params(model, resolved.dtype, config.seed)
     else:
-        params = load_params(checkpoint, resolved.dtype, lambda path, array: jax.device_put(array))
-    report(f"model: {path.name}, {resolved.dtype}, loaded in {time.perf_counter() - started:.1f} s")
+        params = load_params(checkpoint, resolved.dtype)
+    report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - started:.1f} s")
     return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, params, report))

@@ -9,14 +9,16 @@ from typing import Any
 
 from engine.tokenizer import Tokenizer
 from engine.vocab import tokenizer_from_gguf
-from engine.weights.gguf import open_gguf
+from engine.weights.gguf import VOCABULARY_NAME, open_gguf
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """-> the tokenizer of a .gguf file, or of a Hugging Face folder with tokenizer.json.
+    """-> the tokenizer of a .gguf file, or of a folder with tokenizer.json or, from `engine.convert`, tokenizer.gguf.
 
     Errors: ValueError that names the file and what is wrong with it.
     """
+    if (path / VOCABULARY_NAME).is_file():
+        path = path / VOCABULARY_NAME
     if path.is_file() and path.suffix == ".gguf":
         with open_gguf(path) as file:
             try:

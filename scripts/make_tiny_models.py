@@ -49,6 +49,11 @@ LONG_ROPE = dict(
     long_factor=[1.2, 2.5, 6.0],
     original_max_position_embeddings=24,
 )
+DEEPSEEK = SIZES | dict(
+    num_key_value_heads=4, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10,
+    n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, n_shared_experts=2, n_group=4, topk_group=2,
+    first_k_dense_replace=1,
+)  # fmt: skip
 WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 CONFIGS = {
     "llama3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
@@ -79,6 +84,25 @@ CONFIGS = {
         rope_parameters=LONG_ROPE | dict(partial_rotary_factor=0.75),
     ),
     "olmo2": transformers.Olmo2Config(**SIZES, rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "mixtral": transformers.MixtralConfig(
+        **SIZES | dict(intermediate_size=24), num_local_experts=6, num_experts_per_tok=2, sliding_window=None
+    ),
+    "qwen3-moe": transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, norm_topk_prob=True
+    ),
+    "gpt-oss": transformers.GptOssConfig(
+        **SIZES | dict(intermediate_size=32, initializer_range=0.8),  # so that its activation meets its limits
+        head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=9,
+        rope_parameters=YARN_ROPE | dict(truncate=False),
+    ),
+    "deepseek-v2": transformers.DeepseekV2Config(
+        **DEEPSEEK, q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=1.5,
+        rope_parameters=YARN_ROPE | dict(mscale=0.7, mscale_all_dim=0.7),
+    ),
+    "deepseek-v3": transformers.DeepseekV3Config(
+        **DEEPSEEK, q_lora_rank=20, routed_scaling_factor=2.5,
+        rope_parameters=YARN_ROPE | dict(mscale=1.0, mscale_all_dim=1.0),
+    ),
 }  # fmt: skip
 LENGTHS, OUTPUT_LEN = (70, 45, 33), 32
 # Prompts and answers that stay within the original length, where longrope has other frequencies.

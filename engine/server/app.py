@@ -7,11 +7,12 @@ import hashlib
 import hmac
 import importlib.resources
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,12 +23,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import engine
-from engine.request import Group, RequestError
-from engine.server import chat, completions, wire
+from engine.request import Group, NoRoom, RequestError
+from engine.server import chat, completions, embeddings, wire
 from engine.server.answer import answer
 from engine.server.connection import BodyReader
 from engine.server.driver import Driver
-from engine.server.errors import ApiError
+from engine.server.errors import RETRY_SOON, ApiError
 from engine.server.metrics import Metrics
 from engine.server.options import ServerOptions
 from engine.server.prompts import encode, need_tokenizer
@@ -35,6 +36,7 @@ from engine.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeChatRequest,
     TokenizeRequest,
     decode,
@@ -58,6 +60,7 @@ def make_app(api: Api) -> Starlette:
         Route("/v1/models/{name:path}", api.model, methods=["GET"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+        Route("/v1/embeddings", api.embeddings, methods=["POST"]),
         Route("/tokenize", api.tokenize, methods=["POST"]),
         Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/tokenizer_info", api.tokenizer_info, methods=["GET"]),
@@ -179,6 +182,38 @@ class Api:
         parser = chat.tool_call_parser(body, self.options.tool_call_parser)
         group = await self._in_pool(lambda: chat.prepare(core, body, prompt, head.id, parser))
         return await self._answer(request, body, [group], chat.ChatFormat(head, body, group, core, parser))
+
+    async def embeddings(self, request: Request) -> Response:
+        core = self.driver.ready()
+        body = decode(EmbeddingRequest, await self.bodies.read(request))
+        self._check_model(body.model)
+        prompts = await self._in_pool(lambda: embeddings.prepare(core, body))
+        pooling, normalize = body.pooling or "last", body.normalize is not False
+        vectors: list[np.ndarray] = []
+        for portion in embeddings.portions(prompts, core.resolved.max_num_batched_tokens):
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            vectors.extend(await self._embed(portion, pooling, normalize))
+        model = body.model or self.options.served_model_name[0]
+        return _json(embeddings.answer(body, model, vectors, sum(map(len, prompts))))
+
+    async def _embed(self, prompts: Sequence[list[int]], pooling: str, normalize: bool) -> Iterable[np.ndarray]:
+        """-> a vector for each prompt; waits while running requests hold the pages. Errors: ApiError."""
+
+        def embed(core: EngineCore) -> np.ndarray | Exception:
+            try:
+                return core.embed(prompts, pooling, normalize)
+            except (NoRoom, ValueError) as error:  # what is raised there ends the engine
+                return error
+
+        deadline = time.monotonic() + self.options.embedding_timeout
+        while isinstance(found := await self.driver.call(embed), NoRoom):
+            if time.monotonic() > deadline:
+                raise ApiError(503, "the KV cache is full; try again later", code="no_room", headers=RETRY_SOON)
+            await asyncio.sleep(0.02)
+        if isinstance(found, Exception):
+            raise ApiError(500, str(found))
+        return found
 
     async def _answer(
         self, request: Request, body: CompletionRequest | ChatRequest, groups: list[Group], form: wire.Format

@@ -31,6 +31,7 @@ class ServerOptions:
     body_timeout: float = 60.0
     write_timeout: float = 60.0  # for a client that reads nothing
     template_timeout: float = 10.0  # of rendering one chat template
+    embedding_timeout: float = 60.0  # for which texts to embed wait until running requests have left pages
     stream_backlog: int = 1024  # updates that wait for a slow reader before its request is aborted
     death_grace: float = 1.0  # for which a dead engine's server still answers, with 503
 

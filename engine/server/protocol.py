@@ -15,6 +15,7 @@ from engine.chat_messages import parse_arguments
 from engine.request import MAX_LOGPROBS, RequestError, SamplingParams
 
 MAX_COMPLETIONS = 1024  # n times prompts of one HTTP request
+MAX_EMBEDDINGS = 2048  # texts of one HTTP request
 MAX_MESSAGES = 4096  # of a chat, its tools, its documents: templates may loop over them in loops
 MAX_DEPTH = 64  # of nested JSON
 
@@ -27,6 +28,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "chat_template": (),  # a template is code: the operator's is used
     "continue_final_message": (False,),
+    "dimensions": (),
     "early_stopping": (False,),
     "echo": (False,),
     "function_call": ("none",),
@@ -134,24 +136,12 @@ class CompletionRequest(_Generation, kw_only=True):
 
     def prompts(self) -> list[str | list[int]]:
         """-> one entry for each prompt. Errors: RequestError."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        kinds = set(map(type, prompt))
-        if kinds == {int}:
-            return [prompt]
-        if not prompt:
-            raise RequestError("prompt", "must not be empty")
-        if kinds != {str} and kinds != {list}:
-            raise RequestError("prompt", "must be text, token ids, a list of texts or a list of lists of token ids")
-        if len(prompt) * (self.n or 1) > MAX_COMPLETIONS:
+        prompts = _prompts("prompt", self.prompt)
+        if len(prompts) * (self.n or 1) > MAX_COMPLETIONS:
             raise RequestError(
-                "prompt", f"{len(prompt)} prompts with n={self.n or 1}: at most {MAX_COMPLETIONS} completions together"
+                "prompt", f"{len(prompts)} prompts with n={self.n or 1}: at most {MAX_COMPLETIONS} completions together"
             )
-        for ids in prompt:
-            if kinds == {list} and set(map(type, ids)) != {int}:
-                raise RequestError("prompt", "each inner list must hold token ids, at least one")
-        return prompt
+        return prompts
 
     @property
     def only_echo(self) -> bool:
@@ -170,6 +160,42 @@ class CompletionRequest(_Generation, kw_only=True):
             if self.echo:
                 options["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return SamplingParams(**options)
+
+
+class EmbeddingRequest(_Strict, kw_only=True):
+    """POST /v1/embeddings."""
+
+    input: str | list[Any]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["last", "mean", "cls"] | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    user: str | None = None  # neutral
+
+    def inputs(self) -> list[str | list[int]]:
+        """-> one entry for each text. Errors: RequestError."""
+        inputs = _prompts("input", self.input)
+        if len(inputs) > MAX_EMBEDDINGS:
+            raise RequestError("input", f"at most {MAX_EMBEDDINGS} texts together, got {len(inputs)}")
+        return inputs
+
+
+def _prompts(field: str, value: str | list[Any]) -> list[str | list[int]]:
+    """-> one entry for each prompt of text, token ids, or a list of either. Errors: RequestError."""
+    if isinstance(value, str):
+        return [value]
+    kinds = set(map(type, value))
+    if kinds == {int}:
+        return [value]
+    if not value:
+        raise RequestError(field, "must not be empty")
+    if kinds != {str} and kinds != {list}:
+        raise RequestError(field, "must be text, token ids, a list of texts or a list of lists of token ids")
+    for ids in value:
+        if kinds == {list} and set(map(type, ids)) != {int}:
+            raise RequestError(field, "each inner list must hold token ids, at least one")
+    return value
 
 
 class TextPart(_Strict):

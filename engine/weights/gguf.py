@@ -1,4 +1,4 @@
-"""A reader for GGUF checkpoints (versions 2 and 3) that trusts nothing it reads, and the block formats' dequantization.
+"""A reader for GGUF checkpoints (versions 2 and 3) that trusts nothing it reads.
 
 The format is that of ggml's docs/gguf.md. Every length, count and offset is compared with what the file holds before
 anything is read or allocated, so opening costs time and memory in proportion to the header alone.
@@ -11,10 +11,14 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
+
+from engine.weights.gguf_blocks import BLOCK_TYPES, TYPE_NAMES, dequantize
+from engine.weights.stored import BlockTensor, OpenFile
+
+VOCABULARY_NAME = "tokenizer.gguf"  # what a converted model's folder calls the metadata alone
 
 # More than any model has, and little enough that a hostile header is refused within a second and 200 MB.
 MAX_HEADER_BYTES = 1 << 25  # the largest known has 16 MB
@@ -56,8 +60,10 @@ class GGUFFile:
         header = _Header(self.path, mapping)
         self.metadata = header.metadata
         self.tensors = header.tensors
+        self._metadata_end = header.metadata_end
         # The views that users take keep the mapping alive, so nothing dangles after close().
         self._bytes: np.ndarray | None = np.frombuffer(mapping, np.uint8)
+        self._file: OpenFile | None = None
 
     def raw(self, name: str) -> np.ndarray:
         """-> the bytes of one tensor, a read-only view of the mapped file. uint8 [nbytes]"""
@@ -71,6 +77,18 @@ class GGUFFile:
     def load(self, name: str) -> np.ndarray:
         """-> one tensor, dequantized: float32 [*shape], an array of its own."""
         return dequantize(self.raw(name), self.tensors[name].type).reshape(self.tensors[name].shape)
+
+    def stored(self, name: str) -> BlockTensor:
+        """-> one tensor that is read, and dequantized, piece by piece. KeyError for an unknown name."""
+        tensor = self.tensors[name]
+        self._file = self._file or OpenFile(self.path)
+        return BlockTensor(self._file, tensor.offset, BLOCK_TYPES[tensor.type], tensor.shape)
+
+    def without_tensors(self) -> bytes:
+        """-> a file with the same metadata and no tensors: what a tokenizer is read from."""
+        with open(self.path, "rb") as file:
+            magic_and_version, _, rest = file.read(8), file.read(8), file.read(self._metadata_end - 16)
+        return magic_and_version + _U64.pack(0) + rest
 
     def close(self) -> None:
         """Let go of the file; views from `raw` stay valid."""
@@ -120,6 +138,7 @@ class _Header:
             if key in self.metadata:
                 self.fail(f"metadata[{index}]", f"the key {key!r:.100} is there twice")
             self.metadata[key] = self.value(self.u32(f"{key} (type)"), key)
+        self.metadata_end = self.position
 
         self.tensors: dict[str, TensorInfo] = {}
         for index in range(num_tensors):
@@ -232,9 +251,9 @@ class _Header:
         shape = tuple(self.u64(f"{field} (dimensions)") for _ in range(num_dims))[::-1]
         kind = self.u32(f"{field} (type)")
         offset = self.u64(f"{field} (offset)")
-        if kind not in _TYPE_NAMES:
+        if kind not in TYPE_NAMES:
             self.fail(field, f"{kind} is no tensor type")
-        if (type_name := _TYPE_NAMES[kind]) not in BLOCK_TYPES:
+        if (type_name := TYPE_NAMES[kind]) not in BLOCK_TYPES:
             self.fail(field, f"the type {type_name} is not supported; {', '.join(BLOCK_TYPES)} are")
         block = BLOCK_TYPES[type_name]
         if min(shape) == 0:
@@ -264,152 +283,3 @@ class _Header:
                     f"but the file ends at {len(self.data)}",
                 )
             self.tensors[tensor.name] = dataclasses.replace(tensor, offset=start)
-
-
-# Dequantization. A block type is the layout of its blocks and a function that writes their elements:
-# (blocks [n] of the layout, out float32 [n, size]). All arithmetic is float32, in the order of ggml's reference.
-
-
-def _unpack(packed: np.ndarray, bits: int, width: int) -> np.ndarray:
-    """Split bytes into elements of a few bits. uint8 [n, groups * width] -> uint8 [n, groups * (8 // bits) * width]
-
-    Within a group the lowest bits of all `width` bytes come first, then the next.
-    """
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    elements = packed.reshape(len(packed), -1, 1, width) >> shifts
-    elements &= (1 << bits) - 1
-    return elements.reshape(len(packed), -1)
-
-
-def _scale(quants: np.ndarray, scale: np.ndarray, offset: np.ndarray | None, out: np.ndarray) -> None:
-    """out = quants * scale + offset, with one scale and offset [n, groups] for each group of neighbours in a block."""
-    groups = out.reshape(*scale.shape, -1)  # a view
-    groups[...] = quants.reshape(groups.shape)
-    groups *= scale[..., None]
-    if offset is not None:
-        groups += offset[..., None]
-
-
-def _floats(halves: np.ndarray) -> np.ndarray:
-    """float16 [n] -> float32 [n, 1]"""
-    return halves.astype(np.float32)[:, None]
-
-
-def _copy(blocks: np.ndarray, out: np.ndarray) -> None:
-    out[:, 0] = blocks
-
-
-def _bf16(blocks: np.ndarray, out: np.ndarray) -> None:
-    np.left_shift(blocks, np.uint32(16), out=out.view(np.uint32)[:, 0])
-
-
-def _q4_0(blocks: np.ndarray, out: np.ndarray) -> None:
-    _scale(_unpack(blocks["quants"], 4, 16).view(np.int8) - np.int8(8), _floats(blocks["d"]), None, out)
-
-
-def _q4_1(blocks: np.ndarray, out: np.ndarray) -> None:
-    _scale(_unpack(blocks["quants"], 4, 16), _floats(blocks["d"]), _floats(blocks["m"]), out)
-
-
-def _q5(blocks: np.ndarray) -> np.ndarray:
-    return _unpack(blocks["quants"], 4, 16) | _unpack(blocks["high"], 1, 1) << 4
-
-
-def _q5_0(blocks: np.ndarray, out: np.ndarray) -> None:
-    _scale(_q5(blocks).view(np.int8) - np.int8(16), _floats(blocks["d"]), None, out)
-
-
-def _q5_1(blocks: np.ndarray, out: np.ndarray) -> None:
-    _scale(_q5(blocks), _floats(blocks["d"]), _floats(blocks["m"]), out)
-
-
-def _q8_0(blocks: np.ndarray, out: np.ndarray) -> None:
-    _scale(blocks["quants"], _floats(blocks["d"]), None, out)
-
-
-def _q2_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    scales = _unpack(blocks["scales"], 4, 1)  # a scale and a minimum in turn
-    scale = _floats(blocks["d"]) * scales[:, 0::2]
-    _scale(_unpack(blocks["quants"], 2, 32), scale, -_floats(blocks["dmin"]) * scales[:, 1::2], out)
-
-
-def _q3_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    packed = blocks["scales"]  # 16 of 6 bits: four of each in eight bytes, then two of each in four
-    scales = _unpack(packed[:, :8], 4, 8) | _unpack(packed[:, 8:], 2, 4) << 4
-    quants = _unpack(blocks["quants"], 2, 32) | _unpack(blocks["high"], 1, 32) << 2
-    scale = _floats(blocks["d"]) * (scales.view(np.int8) - np.int8(32))
-    _scale(quants.view(np.int8) - np.int8(4), scale, None, out)
-
-
-def _scales_and_offsets(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """-> the 8 scales and 8 offsets (negative minima) of Q4_K and Q5_K, float32 [n, 8] each.
-
-    Twelve bytes hold them with 6 bits each: the first four of either in the low bits of the first and second four
-    bytes, whose top bits complete the nibbles of the last four bytes to the other four of either.
-    """
-    low, middle, high = np.split(blocks["scales"], 3, axis=1)
-    scales = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], axis=1)
-    minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6) << 4], axis=1)
-    return _floats(blocks["d"]) * scales, -_floats(blocks["dmin"]) * minima
-
-
-def _q4_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    _scale(_unpack(blocks["quants"], 4, 32), *_scales_and_offsets(blocks), out)
-
-
-def _q5_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    quants = _unpack(blocks["quants"], 4, 32) | _unpack(blocks["high"], 1, 32) << 4
-    _scale(quants, *_scales_and_offsets(blocks), out)
-
-
-def _q6_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    quants = _unpack(blocks["quants"], 4, 64) | _unpack(blocks["high"], 2, 32) << 4
-    _scale(quants.view(np.int8) - np.int8(32), _floats(blocks["d"]) * blocks["scales"], None, out)
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockType:
-    """How one ggml type stores tensors: elements in a block, a block's bytes, and how they become float32."""
-
-    size: int
-    layout: np.dtype
-    write: Callable[[np.ndarray, np.ndarray], None]
-
-
-_D, _M, _DMIN = ("d", "<f2"), ("m", "<f2"), ("dmin", "<f2")
-BLOCK_TYPES = {
-    "F32": BlockType(1, np.dtype("<f4"), _copy),
-    "F16": BlockType(1, np.dtype("<f2"), _copy),
-    "BF16": BlockType(1, np.dtype("<u2"), _bf16),
-    "Q4_0": BlockType(32, np.dtype([_D, ("quants", "u1", 16)]), _q4_0),
-    "Q4_1": BlockType(32, np.dtype([_D, _M, ("quants", "u1", 16)]), _q4_1),
-    "Q5_0": BlockType(32, np.dtype([_D, ("high", "u1", 4), ("quants", "u1", 16)]), _q5_0),
-    "Q5_1": BlockType(32, np.dtype([_D, _M, ("high", "u1", 4), ("quants", "u1", 16)]), _q5_1),
-    "Q8_0": BlockType(32, np.dtype([_D, ("quants", "i1", 32)]), _q8_0),
-    "Q2_K": BlockType(256, np.dtype([("scales", "u1", 16), ("quants", "u1", 64), _D, _DMIN]), _q2_k),
-    "Q3_K": BlockType(256, np.dtype([("high", "u1", 32), ("quants", "u1", 64), ("scales", "u1", 12), _D]), _q3_k),
-    "Q4_K": BlockType(256, np.dtype([_D, _DMIN, ("scales", "u1", 12), ("quants", "u1", 128)]), _q4_k),
-    "Q5_K": BlockType(
-        256, np.dtype([_D, _DMIN, ("scales", "u1", 12), ("high", "u1", 32), ("quants", "u1", 128)]), _q5_k
-    ),
-    "Q6_K": BlockType(256, np.dtype([("quants", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D]), _q6_k),
-}
-_TYPE_NAMES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
-    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
-    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
-}  # fmt: skip
-
-_CHUNK_ELEMENTS = 1 << 16  # temporaries of one chunk stay in a core's cache
-
-
-def dequantize(data: np.ndarray, type_name: str) -> np.ndarray:
-    """Expand whole blocks of one of `BLOCK_TYPES`. uint8 [bytes] -> float32 [elements]"""
-    block = BLOCK_TYPES[type_name]
-    blocks = data.view(block.layout)
-    out = np.empty((len(blocks), block.size), np.float32)
-    step = _CHUNK_ELEMENTS // block.size
-    for start in range(0, len(blocks), step):
-        block.write(blocks[start : start + step], out[start : start + step])
-    return out.reshape(-1)

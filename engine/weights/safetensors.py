@@ -20,6 +20,10 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from engine.weights.stored import OpenFile, PlainTensor
+
+SINGLE_NAME = "model.safetensors"  # of a folder that has one file
+INDEX_NAME = "model.safetensors.index.json"  # of a folder that has several
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 100_000  # in a file
 MAX_INDEX_BYTES = 32 << 20
@@ -60,11 +64,19 @@ class TensorInfo:
 
 
 class SafeTensors:
-    """An open checkpoint. `tensors` says what it holds; `load` gives one of them without copying."""
+    """An open checkpoint. `tensors` says what it holds; `load` gives one without copying, `stored` piece by piece."""
 
     def __init__(self, tensors: dict[str, TensorInfo], maps: Mapping[pathlib.Path, mmap.mmap]):
         self.tensors = tensors
         self._maps = maps
+        self._files: dict[pathlib.Path, OpenFile] = {}
+
+    def stored(self, name: str) -> PlainTensor:
+        """-> a tensor that is read piece by piece. KeyError for an unknown name. Errors: ValueError."""
+        info = self.tensors[name]
+        if info.file not in self._files:
+            self._files[info.file] = OpenFile(info.file)
+        return PlainTensor(self._files[info.file], info.offset, info.dtype, info.shape)
 
     def load(self, name: str) -> np.ndarray:
         """-> a read-only view of the file's bytes, valid for as long as it is held. KeyError for an unknown name.
@@ -84,11 +96,11 @@ def open_safetensors(path: str | pathlib.Path) -> SafeTensors:
     path = pathlib.Path(path)
     if not path.is_dir():
         return _open_files({path: None})
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single, index = path / SINGLE_NAME, path / INDEX_NAME
     if single.exists():
         return _open_files({single: None})
     if index.exists():
-        return _open_files(_read_index(index))
+        return _open_files(shards_of(index))
     raise ValueError(f"{path}: holds neither {single.name} nor {index.name}")
 
 
@@ -202,8 +214,8 @@ class _Index(msgspec.Struct):
 _INDEX = msgspec.json.Decoder(_Index)
 
 
-def _read_index(file: pathlib.Path) -> dict[pathlib.Path, set[str]]:
-    """-> for each shard, the names of the tensors that it must hold."""
+def shards_of(file: pathlib.Path) -> dict[pathlib.Path, set[str]]:
+    """-> for each shard that an index names, the names of the tensors that it must hold. Errors: ValueError."""
     text = _map(file, MAX_INDEX_BYTES)[:]
     if text.count(b'"weight_map"') > 1:
         raise ValueError(f"{file}: weight_map: duplicate key")

@@ -11,6 +11,8 @@ import gguf
 import numpy as np
 import safetensors.numpy
 
+from tests.engine.models.gguf_mixtures import converted, write_mixture
+
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "SmolLM3ForCausalLM": gguf.MODEL_ARCH.SMOLLM3,
@@ -20,19 +22,28 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
     "Phi3ForCausalLM": gguf.MODEL_ARCH.PHI3,
     "Olmo2ForCausalLM": gguf.MODEL_ARCH.OLMO2,
+    "MixtralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "Qwen3MoeForCausalLM": gguf.MODEL_ARCH.QWEN3MOE,
+    "GptOssForCausalLM": gguf.MODEL_ARCH.GPT_OSS,
+    "DeepseekV2ForCausalLM": gguf.MODEL_ARCH.DEEPSEEK2,
+    "DeepseekV3ForCausalLM": gguf.MODEL_ARCH.DEEPSEEK2,
 }
-PERMUTED = ("LlamaForCausalLM", "SmolLM3ForCausalLM")  # rope pairs side by side
+PERMUTED = ("LlamaForCausalLM", "SmolLM3ForCausalLM", "MixtralForCausalLM")  # rope pairs side by side
 
 
-def write_gguf(folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+def write_gguf(folder: pathlib.Path, path: pathlib.Path, *, fused_latent: bool = False) -> pathlib.Path:
     """Write the folder's config.json and weights as a GGUF file. -> its path"""
     config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if value is not None}
     architecture = ARCHITECTURES[config["architectures"][0]]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     write_sizes(writer, config)
     write_rope(writer, config)
+    if "num_experts_per_tok" in config:
+        write_mixture(writer, config, fused_latent)
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
-    for name, tensor in safetensors.numpy.load_file(folder / "model.safetensors").items():
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name, tensor in converted(config, tensors, fused_latent).items():
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
         writer.add_tensor(gguf_name, changed(config, name, tensor))
@@ -60,9 +71,10 @@ def write_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    latent = "kv_lora_rank" in config
+    writer.add_head_count_kv(1 if latent else config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if "head_dim" in config:
+    if "head_dim" in config and not latent:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     if config.get("attn_logit_softcapping"):
@@ -81,7 +93,7 @@ def write_rope(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_rope_freq_base_swa(parameters["sliding_attention"]["rope_theta"])
         parameters = parameters["full_attention"]
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    dim = int(head_dim * parameters.get("partial_rotary_factor", 1))
+    dim = config.get("qk_rope_head_dim") or int(head_dim * parameters.get("partial_rotary_factor", 1))
     writer.add_rope_dimension_count(dim)
     writer.add_rope_freq_base(parameters["rope_theta"])
     kind, original = parameters["rope_type"], parameters.get("original_max_position_embeddings")

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
@@ -16,6 +17,7 @@ from engine.request import (
     Group,
     Logprob,
     Logprobs,
+    NoRoom,
     RequestError,
     RequestMetrics,
     SamplingParams,
@@ -86,6 +88,8 @@ class FakeCore:
         self.prepared: list[Group] = []
         self.added: list[str] = []
         self.aborted: list[str] = []
+        self.embedded: list[int] = []  # how many prompts each call had
+        self.embedded_without_room = 0  # so many calls still find no room
         self.closed = False
         self.prompt_tokens = self.generation_tokens = 0
         self.alphabet = self.tokenizer.encode("abcdefghijklmnopqrstuvwxyz")  # or what a test wants to be said
@@ -124,6 +128,24 @@ class FakeCore:
         self.groups[group.request_id] = group
         self.added.append(group.request_id)
         self.prompt_tokens += len(group.prompt_token_ids)
+
+    def read_embedding_prompt(self, ids: list[int]) -> list[int]:
+        if not ids or max(ids) >= self.tokenizer.vocab_size:
+            raise RequestError("prompt", f"token ids must be in [0, {self.tokenizer.vocab_size}), at least one")
+        if len(ids) > self.resolved.max_model_len:
+            raise RequestError("prompt", f"{len(ids)} tokens are more than max_model_len")
+        return ids
+
+    def embed(self, prompts: list[list[int]], pooling: str, normalize: bool) -> np.ndarray:
+        """-> of each prompt its length, its first token, which pooling it was, and whether it is normalised."""
+        self.embedded.append(len(prompts))
+        if self.embedded_without_room:
+            self.embedded_without_room -= 1
+            raise NoRoom
+        if any("NAN" in self.tokenizer.decode(ids) for ids in prompts):
+            raise ValueError("the model's hidden states were not finite")
+        kind = ("last", "mean", "cls").index(pooling)
+        return np.array([[len(ids), ids[0], kind, normalize] for ids in prompts], np.float32)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)

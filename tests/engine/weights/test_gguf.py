@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 import pytest
 
-from engine.weights.gguf import BLOCK_TYPES, dequantize, open_gguf
+from engine.weights.gguf import open_gguf
+from engine.weights.gguf_blocks import BLOCK_TYPES, dequantize
 
 # Signed zeros, the smallest subnormal, the largest subnormal, one, the largest finite, infinity.
 ODD_HALVES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x3C00, 0xFBFF, 0x7C00]

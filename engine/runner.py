@@ -32,9 +32,11 @@ from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
 COPIES = 8  # page copies in one launch; more take several
-# Autotuning takes most of a cold start, and gains only where products have very few rows (docs/performance.md).
-UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-TUNED_TOKENS = 8  # steps of so many tokens at most are tuned
+# What XLA tries out for a GPU before it chooses. Trying everything in every step takes most of a cold start, and gains
+# where products have very few rows; for the largest step a choice of cuBLAS' own is enough (docs/performance.md).
+NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
+UNTUNED = {"xla_gpu_autotune_level": 0, **NO_TRITON}
+TUNED_TOKENS = 8  # steps of so many tokens at most are tuned in full
 
 
 class Launched(NamedTuple):
@@ -103,8 +105,15 @@ class Runner:
         self._prepare_slots()
 
     def _compile(self, shape: StepShape, state: DeviceState) -> Any:
+        """-> the executable of a step. The step that long prompts fill gets the kernels that take long to compile."""
+        fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
+        backend = self.backend if fullest else self.backend.lesser or self.backend
+        options = None
+        if jax.devices()[0].platform == "gpu" and shape.tokens > TUNED_TOKENS:
+            options = NO_TRITON if fullest else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-        return self._step.lower(self.model, self.backend, self.page_size, shape, self.params, state, flat).compile()
+        lowered = self._step.lower(self.model, backend, self.page_size, shape, self.params, state, flat)
+        return lowered.compile(options)
 
     def _compile_all(self, state: DeviceState, report: Callable[[str], None]) -> dict[StepShape, Any]:
         started = time.perf_counter()

@@ -83,6 +83,7 @@ class Backend(NamedTuple):
         divided by it, and kept within the dtype's range, when written.
     attend_product(HeadInputs, cache, batch, spec, *, sinks, kv_scales) -> the same, from the fused product; None where
         a backend leaves that to the model.
+    lesser: a backend for the same cache whose kernels compile in less time, for steps that matter less; None: itself.
     """
 
     name: str
@@ -91,21 +92,24 @@ class Backend(NamedTuple):
     cache_spec: Callable[[AttentionSpec, int, int, str], Any]
     update_and_attend: Callable[..., tuple[Array, Any]]
     attend_product: Callable[..., tuple[Array, Any]] | None = None
+    lesser: Backend | None = None
 
 
-_hopper = {"hopper_prefill": True}
+_triton = Backend(
+    "triton", ("gpu",), triton.supports, triton.cache_spec, triton.update_and_attend, triton.attend_product
+)
+_hopper = Backend(
+    "hopper",
+    ("gpu",),
+    triton.supports_hopper,
+    triton.cache_spec,
+    partial(triton.update_and_attend, hopper_prefill=True),
+    partial(triton.attend_product, hopper_prefill=True),
+    lesser=_triton,
+)
 BACKENDS = {  # in the order in which "auto" tries them
-    "hopper": Backend(
-        "hopper",
-        ("gpu",),
-        triton.supports_hopper,
-        triton.cache_spec,
-        partial(triton.update_and_attend, **_hopper),
-        partial(triton.attend_product, **_hopper),
-    ),
-    "triton": Backend(
-        "triton", ("gpu",), triton.supports, triton.cache_spec, triton.update_and_attend, triton.attend_product
-    ),
+    "hopper": _hopper,
+    "triton": _triton,
     "xla": Backend("xla", ("cpu", "gpu", "tpu"), xla.supports, xla.cache_spec, xla.update_and_attend),
 }
 

@@ -1,6 +1,6 @@
 """An accelerator's attention kernels against the dense reference, on the device itself, over the tests' cases.
 
-    python scripts/check_kernels.py [--backend auto] [--out check.json]
+    python scripts/check_kernels.py [--backend auto] [--few] [--out check.json]
 
 Prints each case's relative error (largest difference over the largest value); exit code 1 if one is over its limit.
 """
@@ -26,8 +26,13 @@ from tests.kernels.cases import CASES, CHUNKS, DECODES, Case, run
 LIMITS = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 
 
-def cases() -> list[tuple[Case, str]]:
-    """-> the shared cases, and what only a device can run in good time: every page size, large heads, long contexts."""
+def cases(few: bool) -> list[tuple[Case, str]]:
+    """-> the tests' cases, and what only a device can run in good time: every page size, large heads, long contexts.
+
+    `few`: the tests' alone, in bfloat16: Hopper's own kernel takes seconds to compile, one after the other.
+    """
+    if few:
+        return [(case, "bfloat16") for case in CASES]
     spec = AttentionSpec(2, 4, 128, 128**-0.5)
     long = ((1, 8000), (1, 3), (1, 4095), (700, 3000), (64, 0), (2000, 0))
     more = [Case(f"page {size}", spec, long, page_size=size) for size in (8, 16, 32, 64, 128, 256)]
@@ -35,14 +40,15 @@ def cases() -> list[tuple[Case, str]]:
     more += [Case(f"{dtype}, long", spec, long, kv_dtype=dtype) for dtype in ("float8_e4m3fn", "float8_e5m2")]
     more += [Case("many rows, unsplit", spec, DECODES * 40), Case("few rows, split", spec, ((1, 8000), (1, 8001)))]
     more += [Case("window, sinks, cap", replace(spec, window=129, soft_cap=20.0), CHUNKS, sinks=True)]
-    few = {"decode", "mixed", "page 16"}  # that are run in float32 and float16, too
+    thorough = {"decode", "mixed", "page 16"}  # that are run in float32 and float16, too
     every = [(case, dtype) for case in (*CASES, *more) for dtype in LIMITS]
-    return [(case, dtype) for case, dtype in every if dtype == "bfloat16" or case.name in few]
+    return [(case, dtype) for case, dtype in every if dtype == "bfloat16" or case.name in thorough]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
+    parser.add_argument("--few", action="store_true", help="the tests' cases alone, in bfloat16")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     platform, results = jax.devices()[0].platform, []
@@ -58,7 +64,7 @@ def main() -> None:
         return {"case": case.name, "dtype": dtype, "backend": backend.name, "relative_error": error}
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # most of the time goes to compiling
-        for result in pool.map(check, cases()):
+        for result in pool.map(check, cases(options.few)):
             results.append(result)
             print("  ".join(f"{v:.1e}" if isinstance(v, float) else f"{v:9}" for v in result.values()), flush=True)
     failures = sum(not r["relative_error"] < LIMITS[r["dtype"]] for r in results if "relative_error" in r)

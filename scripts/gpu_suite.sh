@@ -26,7 +26,8 @@ part() { # name, seconds, command: what fails or takes too long is named at the 
 
 full='{"gpu_memory_utilization": 0.95}'
 {
-    part kernels 90 "$python" scripts/check_kernels.py --out "$parts/kernels.json"
+    part kernels 60 "$python" scripts/check_kernels.py --backend triton --out "$parts/kernels.json"
+    part hopper 80 "$python" scripts/check_kernels.py --few --out "$parts/hopper.json"
     part attention 60 "$python" scripts/bench_kernels.py --out "$parts/attention.json"
     part startup 100 "$python" scripts/bench_startup.py --shape llama-8b --out "$parts/startup.json"
     part qwen3-0.6b 110 "$python" scripts/bench_offline.py --shape qwen3-0.6b --settings "$full" --out "$parts/qwen3-0.6b.json"

@@ -76,7 +76,7 @@ def grouped_dot(x: Array, weight: Array, sizes: Array, *, tile: Tile | None = No
             b = _load(weight, deep, at_columns, None if whole else within[:, None] & inside[None, :])
             return total + lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
-        turns = jnp.where(count > 0, pl.cdiv(depth, tile.depth), 0)
+        turns = jnp.where(count > 0, jnp.int32(pl.cdiv(depth, tile.depth)), jnp.int32(0))
         total = lax.fori_loop(0, turns, turn, jnp.zeros((tile.rows, tile.columns), jnp.float32))
         used = member < count
         view = _elements(out, jnp.where(used, row, rows), at_columns)

@@ -178,7 +178,7 @@ def attend(
             power = exp2(scores * (raw * (2 * LOG2_E / spec.soft_cap)), interpret)
             scores = (spec.soft_cap * LOG2_E) * (1.0 - 2.0 / (power + 1.0))
         if visible is not None:
-            scores = jnp.where(visible(at), scores, NOTHING)
+            scores = jnp.where(visible(at), scores, -jnp.inf)  # the maximum stays finite: it starts at NOTHING
         maximum = jnp.maximum(state.maximum, jnp.max(scores, axis=1) * scale)
         weights = exp2(scores * scale - maximum[:, None], interpret)
         keep = exp2(state.maximum - maximum, interpret)

@@ -42,6 +42,7 @@ CASES = (
     Case("head 128", _spec(head_dim=128), CHUNKS),
     Case("window", _spec(window=50), CHUNKS),
     Case("window, decode", _spec(window=300), DECODES),
+    Case("window, many masked", _spec(kv_heads=1, group=1, window=50), ((130, 256),)),
     Case("soft cap", _spec(soft_cap=5.0), CHUNKS),
     Case("page 8", _spec(), CHUNKS, page_size=8),
     Case("page 256", _spec(), CHUNKS, page_size=256),

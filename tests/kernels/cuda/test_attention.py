@@ -34,6 +34,7 @@ NAMED = {case.name: case for case in CASES}
         (NAMED["mixed"], UNSPLIT, "bfloat16"),
         (NAMED["head 80"], UNSPLIT, "float32"),
         (NAMED["window"], SPLIT, "float32"),
+        (NAMED["window, many masked"], UNSPLIT, "float32"),
         (NAMED["soft cap"], UNSPLIT, "float32"),
         (NAMED["page 256"], UNSPLIT, "float32"),
         (NAMED["sinks, window"], UNSPLIT, "float32"),

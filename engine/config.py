@@ -64,7 +64,9 @@ class EngineConfig:
     data_parallel_size: int = _setting(1, "Replicas of the engine; 1 is supported so far.", low=1, kind=int)
     attention_backend: str = _setting("auto", "A name of kernels.attention.BACKENDS.")
     speculative_config: dict[str, Any] | None = None
-    chat_template: str | None = _setting(None, "A Jinja chat template instead of the model's.")
+    chat_template: str | None = _setting(
+        None, "For every chat: a Jinja file, Jinja, or the name of one of the model's."
+    )
     compilation_cache_dir: str | None = _setting(None, "JAX's persistent cache; default: in the user's cache folder.")
     seed: int = _setting(0, "Draws the seeds of requests that name none, and dummy weights.", kind=int)
 

@@ -32,8 +32,9 @@ from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
 COPIES = 8  # page copies in one launch; more take several
-# Trying out every product of every bucket takes most of a cold start and gains nothing (docs/performance.md).
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
+# Autotuning takes most of a cold start, and gains only where products have very few rows (docs/performance.md).
+UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+TUNED_TOKENS = 8  # steps of so many tokens at most are tuned
 
 
 class Launched(NamedTuple):
@@ -77,7 +78,6 @@ class Runner:
             self.num_traces += 1
             return step(*arguments)
 
-        self._compiler_options = COMPILER_OPTIONS.get(device.platform, {})
         self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
         sizes = partial(
             plan_memory, config, resolved, device,

@@ -44,7 +44,7 @@ MUTATIONS = (
     Mutation("rope: on a part of a head", ROPE, "turned, x[..., 2", "turned, 0 * x[..., 2", "phi3"),
     Mutation("rope scaling: linear", ROPE, "spec.dim) / spec.factor", "spec.dim)", "biased"),
     Mutation("rope scaling: llama3", ROPE, '"llama3": _llama3', '"llama3": _default', "llama3"),
-    Mutation("rope scaling: llama3, between", ROPE, "return keep *", "return np.round(keep) *", "llama3", "test_rope.py"),
+    Mutation("rope scaling: llama3, between", ROPE, "keep * plain", "(keep > 0) * plain", "llama3", "test_rope.py"),
     Mutation("rope scaling: yarn", ROPE, '"yarn": _yarn', '"yarn": _linear', "qwen3"),
     Mutation("rope scaling: yarn's truncation", ROPE, "if spec.truncate:", "if True:", "yarn", "test_rope.py"),
     Mutation("rope scaling: yarn's mscale", READ, "scale and all_dim", "False", "yarn", "test_rope.py"),

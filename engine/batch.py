@@ -1,12 +1,14 @@
 """From a StepPlan to the step's input: one flat int32 array, so that a step is one small transfer to the device.
 
-`StepShape` is a bucket: every step is padded to one of a few shapes, each compiled ahead of time.
+`StepShape` is a bucket: every step is padded to one of a few shapes, each compiled ahead of time. Page tables stay on
+the device: the input only says which page a row got since the step before.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,52 +23,48 @@ SLOT_FIELDS = (
     "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
 )  # fmt: skip
 FLOAT_FIELDS = frozenset(SLOT_FIELDS[5:])
+TABLE_ROWS = 8  # rows of page tables in one launch of their own; more take several
 
 
 class StepShape(NamedTuple):
-    """Rows, tokens and pages a row (S, T, P of a RaggedBatch) that one executable is made for.
+    """Rows and tokens (S and T of a RaggedBatch) that one executable is made for.
 
     `plain`: no row asks for more of the sampler than a temperature (`sampler.is_plain`), and the rest is left out.
     """
 
     rows: int
     tokens: int
-    pages: int
     plain: bool = False
 
 
-def step_shapes(max_num_seqs: int, max_num_batched_tokens: int, pages: int) -> list[StepShape]:
+def step_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
     """-> every bucket: decodes only (rows == tokens), and mixed steps for few rows and for all."""
-    decode = [StepShape(n, n, pages) for n in _powers(1, max_num_seqs)]
+    decode = [StepShape(n, n) for n in _powers(1, max_num_seqs)]
     most = max(max_num_batched_tokens, max_num_seqs + 1)  # a mixed step has more tokens than rows
     sizes = sorted({min(16, most), *_powers(min(64, most), most)})
     few = min(8, max_num_seqs)
-    mixed = [StepShape(rows, n, pages) for rows in sorted({few, max_num_seqs}) for n in sizes if n > rows]
+    mixed = [StepShape(rows, n) for rows in sorted({few, max_num_seqs}) for n in sizes if n > rows]
     return decode + mixed
 
 
-def gpu_step_shapes(max_num_seqs: int, max_num_batched_tokens: int, pages: int) -> list[StepShape]:
+def gpu_step_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
     """-> every bucket for a GPU: plain ones close to each other, and some of every kind for whatever is not plain.
 
     The host reads the condition of a `lax.cond` on a GPU, so that a step with one waits for it: plain steps have none.
-    Decodes are 8 rows at least: XLA makes poor work of products with one row.
+    Decodes are 8 rows at least: XLA makes poor work of products with one row. Below 256 tokens a step's time is that
+    of its weights, and padding costs little.
     """
     most = max(max_num_batched_tokens, max_num_seqs + 1)
     few = min(8, max_num_seqs)
-    rows = [few]
-    while rows[-1] < max_num_seqs:
-        step = min(max(1 << (rows[-1].bit_length() - 2), 8), 32)
-        rows.append(min(rows[-1] + step, max_num_seqs))
-    sizes = _powers(min(64, most), most)
-    between = [n + n // 2 for n in sizes if n >= 512 and n + n // 2 < most]
-    plain = [StepShape(n, n, pages, True) for n in rows]
-    plain += [
-        StepShape(few, n, pages, True) for n in sorted({min(16, most), *sizes}) if n > few and (n <= 512 or n == most)
-    ]
-    plain += [StepShape(max_num_seqs, n, pages, True) for n in sorted({*sizes, *between}) if n > max_num_seqs > few]
-    full = [StepShape(n, n, pages) for n in sorted({few, min(64, max_num_seqs), max_num_seqs})]
-    full += [StepShape(max_num_seqs, n, pages) for n in sorted({sizes[-1], *sizes[-3::-2]}) if n > max_num_seqs]
-    return plain + full
+    rows = sorted({few, *(n for n in (16, 32, *range(64, max_num_seqs, 64)) if few < n < max_num_seqs), max_num_seqs})
+    sizes = _powers(min(256, most), most)
+    between = [n + n // 2 for n in sizes if n >= 256 and n + n // 2 < most]
+    plain = [StepShape(n, n, True) for n in rows]
+    plain += [StepShape(few, n, True) for n in sorted({min(64, most), min(256, most)}) if n > few]
+    plain += [StepShape(max_num_seqs, n, True) for n in sorted({*sizes, *between}) if n > max_num_seqs]
+    full = [StepShape(n, n) for n in sorted({few, min(64, max_num_seqs), max_num_seqs})]
+    full += [StepShape(max_num_seqs, n) for n in sorted({sizes[-1], *sizes[-3::-2]}) if n > max_num_seqs]
+    return list(dict.fromkeys(plain + full))
 
 
 def _powers(low: int, high: int) -> list[int]:
@@ -83,30 +81,29 @@ def choose_shape(shapes: Sequence[StepShape], plan: StepPlan, plain: bool = Fals
     return min(fitting, key=lambda s: (s.tokens, s.rows, not s.plain))
 
 
-def layout(shape: StepShape) -> dict[str, tuple[int, ...]]:
-    """-> name and shape of each part of the flat input, in order."""
-    S, T, P = shape[:3]
-    per_row = ("kv_lens", "sample_at", "slots", "row_flags", "sample_positions")
-    return {
+@cache
+def layout(shape: StepShape) -> dict[str, tuple[slice, tuple[int, ...]]]:
+    """-> where each part of the flat input lies, and its shape."""
+    S, T = shape.rows, shape.tokens
+    asked = () if shape.plain else ("next_tokens",)
+    per_row = ("kv_lens", "sample_at", "slots", "row_flags", "sample_positions", "new_page_at", "new_page")
+    sizes: dict[str, tuple[int, ...]] = {
         "num_rows": (), "num_decodes": (), "wants_prompt_logprobs": (),
-        **dict.fromkeys(("tokens", "positions", "write_page", "write_offset", "next_tokens"), (T,)),
-        "cu_q_lens": (S + 1,), "page_table": (S, P),
-        **dict.fromkeys(per_row, (S,)), **dict.fromkeys(SLOT_FIELDS, (S,)),
+        **dict.fromkeys(("tokens", "positions", "token_slots", *asked), (T,)),
+        "cu_q_lens": (S + 1,), **dict.fromkeys(per_row, (S,)), "constants": (len(SLOT_FIELDS), S),
     }  # fmt: skip
+    ends = np.cumsum([int(np.prod(size)) for size in sizes.values()]).tolist()
+    starts = [0, *ends]
+    return {name: (slice(start, end), sizes[name]) for name, start, end in zip(sizes, starts, ends, strict=False)}
 
 
 def unpack(flat: Any, shape: StepShape) -> dict[str, Any]:
     """-> the parts of a flat input (numpy: views; jax: slices), all int32."""
-    parts, start = {}, 0
-    for name, size in layout(shape).items():
-        count = int(np.prod(size, dtype=np.int64))
-        parts[name] = flat[start : start + count].reshape(size)
-        start += count
-    return parts
+    return {name: flat[where].reshape(size) for name, (where, size) in layout(shape).items()}
 
 
 def flat_size(shape: StepShape) -> int:
-    return sum(int(np.prod(size, dtype=np.int64)) for size in layout(shape).values())
+    return max(where.stop for where, _ in layout(shape).values())
 
 
 def slot_constants(request: Request) -> list[int]:
@@ -124,15 +121,14 @@ def slot_constants(request: Request) -> list[int]:
 class BatchBuilder:
     """Keeps what the device must know of each slot, so that building a step copies rows instead of making them."""
 
-    def __init__(self, num_slots: int, pages: int, page_size: int):
-        self.page_size = page_size
-        self.page_table = np.zeros((num_slots, pages), np.int32)
-        self.num_pages = [0] * num_slots
+    def __init__(self, num_slots: int, pages: int):
+        self.num_slots, self.pages = num_slots, pages
+        self.num_pages = [0] * num_slots  # that the device's table has of each slot
         self.constants = np.zeros((num_slots, len(SLOT_FIELDS)), np.int32)
         self.plain = [True] * num_slots
 
     def admit(self, plan: StepPlan) -> bool:
-        """Take in the plan's new requests, before `build`. -> whether all rows of the plan are plain."""
+        """Take in the plan's new requests, before anything else. -> whether all rows of the plan are plain."""
         for request in plan.admitted:
             assert request.slot is not None
             self.constants[request.slot] = slot_constants(request)
@@ -140,47 +136,55 @@ class BatchBuilder:
             self.plain[request.slot] = is_plain(request)
         return all(self.plain[row.slot] for row in plan.rows)
 
+    def table_rows(self, plan: StepPlan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields slots [TABLE_ROWS] and page tables [TABLE_ROWS, pages] to be written before the step: those of rows
+        with more than one new page. Where there are fewer, slots are out of range.
+        """
+        grown = [row for row in plan.rows if len(row.request.pages) > self.num_pages[row.slot] + 1]
+        for start in range(0, len(grown), TABLE_ROWS):
+            slots = np.full(TABLE_ROWS, self.num_slots, np.int32)
+            tables = np.zeros((TABLE_ROWS, self.pages), np.int32)
+            for i, row in enumerate(grown[start : start + TABLE_ROWS]):
+                slots[i], self.num_pages[row.slot] = row.slot, len(row.request.pages)
+                tables[i, : len(row.request.pages)] = row.request.pages
+            yield slots, tables
+
     def build(self, plan: StepPlan, shape: StepShape) -> np.ndarray:
-        """-> the flat input [flat_size(shape)] int32 of a plan whose requests are admitted, padded to the bucket."""
+        """-> the flat input [flat_size(shape)] int32 of a plan whose table rows are written, padded to the bucket."""
         flat = np.zeros(flat_size(shape), np.int32)
         parts = unpack(flat, shape)
-        count = len(plan.rows)
-        for row in plan.rows:
-            self._take_pages(row.slot, row.request.pages)
-        slots = np.fromiter((row.slot for row in plan.rows), np.int32, count)
-        starts = np.fromiter((row.start for row in plan.rows), np.int32, count)
-        counts = np.fromiter((row.count for row in plan.rows), np.int32, count)
-        samples = np.fromiter((row.samples for row in plan.rows), np.bool_, count)
+        count, total = len(plan.rows), plan.num_tokens
+        fields = [(row.slot, row.start, row.count, row.samples) for row in plan.rows]
+        slots, starts, counts, samples = np.array(fields, np.int32).reshape(-1, 4).T
 
         flat[:2] = count, np.count_nonzero(counts == 1)
         ends = np.cumsum(counts, dtype=np.int32)
         parts["cu_q_lens"][1 : count + 1] = ends
-        parts["cu_q_lens"][count + 1 :] = plan.num_tokens
-        parts["kv_lens"][:count] = starts + counts
-        parts["page_table"][:count] = self.page_table[slots]
+        parts["cu_q_lens"][count + 1 :] = total
+        parts["kv_lens"][:count] = parts["sample_positions"][:count] = starts + counts
         parts["sample_at"][:count] = ends - 1
-        parts["slots"][:] = len(self.page_table)  # padding rows write nowhere
+        parts["slots"][:] = parts["token_slots"][:] = self.num_slots  # padding writes nowhere
         parts["slots"][:count] = slots
-        parts["sample_positions"][:count] = starts + counts
-        for i, name in enumerate(SLOT_FIELDS):
-            parts[name][:count] = self.constants[slots, i]
-        parts["row_flags"][:count] = np.where(samples, parts["flags"][:count], 0)
+        parts["constants"][:, :count] = self.constants[slots].T
+        parts["row_flags"][:count] = parts["constants"][SLOT_FIELDS.index("flags"), :count] * samples
+        self._grow_tables(plan, parts)
 
         row_of = np.repeat(np.arange(count), counts)
-        positions = np.arange(plan.num_tokens, dtype=np.int32) - (ends - counts - starts)[row_of]
-        parts["positions"][: plan.num_tokens] = positions
-        parts["write_page"][: plan.num_tokens] = self.page_table[slots[row_of], positions // self.page_size]
-        parts["write_offset"][: plan.num_tokens] = positions % self.page_size
-        parts["tokens"][: plan.num_tokens] = self._tokens(plan)
+        parts["token_slots"][:total] = slots[row_of]
+        parts["positions"][:total] = np.arange(total, dtype=np.int32) - (ends - counts - starts)[row_of]
+        parts["tokens"][:total] = self._tokens(plan)
         if any(row.request.params.prompt_logprobs is not None for row in plan.rows):
             self._fill_prompt_logprobs(parts, plan)
         return flat
 
-    def _take_pages(self, slot: int, pages: list[int]) -> None:
-        known = self.num_pages[slot]
-        if len(pages) > known:
-            self.page_table[slot, known : len(pages)] = pages[known:]
-            self.num_pages[slot] = len(pages)
+    def _grow_tables(self, plan: StepPlan, parts: dict[str, Any]) -> None:
+        """Name the page that a row has got since the step before."""
+        parts["new_page_at"][:] = self.pages  # beyond the table: none
+        for i, row in enumerate(plan.rows):
+            known, pages = self.num_pages[row.slot], row.request.pages
+            if len(pages) > known:
+                parts["new_page_at"][i], parts["new_page"][i] = known, pages[known]
+                self.num_pages[row.slot] = known + 1
 
     def _tokens(self, plan: StepPlan) -> list[int]:
         """-> token ids; one that is still being sampled is -1 - slot: the step reads it from its own state."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from engine.batch import BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
+from engine.batch import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
 from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
@@ -25,11 +27,13 @@ from engine.models.transformer import attention_spec
 from engine.request import Request
 from engine.sampler import empty_tables, needs_slot_row, slot_row
 from engine.scheduler import StepPlan
-from engine.step import DeviceState, StepOutput, step, write_slot
+from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
 from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
 COPIES = 8  # page copies in one launch; more take several
+# Trying out every product of every bucket takes most of a cold start and gains nothing (docs/performance.md).
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}}
 
 
 class Launched(NamedTuple):
@@ -59,23 +63,26 @@ class Runner:
 
         pages_per_row = -(-resolved.max_model_len // page)
         shapes = gpu_step_shapes if device.platform == "gpu" else step_shapes
-        self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens, pages_per_row)
-        self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row, page)
+        self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+        self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row)
+        self.page_size = page
         new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
 
         def state_spec(num_pages: int) -> DeviceState:
             caches = [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
-            return DeviceState(caches, jax.eval_shape(new_tables))
+            page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
+            return DeviceState(caches, page_table, jax.eval_shape(new_tables))  # type: ignore[arg-type]
 
         def counted(*arguments: Any) -> Any:
             self.num_traces += 1
             return step(*arguments)
 
-        self._step = jax.jit(counted, static_argnums=(0, 1, 2), donate_argnums=4)
+        self._compiler_options = COMPILER_OPTIONS.get(device.platform, {})
+        self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
         sizes = partial(
             plan_memory, config, resolved, device,
             weights=num_bytes(params),
-            tables=_tree_bytes(state_spec(1).tables),
+            tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
             page_bytes=_tree_bytes(state_spec(1).kv_caches),
         )  # fmt: skip
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
@@ -89,20 +96,23 @@ class Runner:
         self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
         for line in self.memory.describe(resolved.max_model_len):
             report(line)
-        zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state.kv_caches))
-        self.state = DeviceState(zeros(), jax.jit(new_tables)())
+        empty = (state.kv_caches, state.page_table)
+        zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty))
+        kv_caches, page_table = zeros()
+        self.state = DeviceState(kv_caches, page_table, jax.jit(new_tables)())
         self._prepare_slots()
 
     def _compile(self, shape: StepShape, state: DeviceState) -> Any:
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-        return self._step.lower(self.model, self.backend, shape, self.params, state, flat).compile()
+        return self._step.lower(self.model, self.backend, self.page_size, shape, self.params, state, flat).compile()
 
     def _compile_all(self, state: DeviceState, report: Callable[[str], None]) -> dict[StepShape, Any]:
         started = time.perf_counter()
         report(f"compiling {len(self.shapes)} step shapes")
         executables = {}
         threads = min(os.cpu_count() or 1, COMPILERS)
-        with ThreadPoolExecutor(threads) as pool, tqdm(total=len(self.shapes), desc="compiling", disable=None) as bar:
+        bar = tqdm(total=len(self.shapes), desc="compiling", disable=None)
+        with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
             for shape, executable in pool.map(lambda s: (s, self._compile(s, state)), self.shapes):
                 executables[shape] = executable
                 bar.update()
@@ -110,8 +120,11 @@ class Runner:
         return executables
 
     def _prepare_slots(self) -> None:
-        """Compile the two small functions that run before some steps."""
+        """Compile the small functions that run before some steps."""
         tables, nowhere = self.state.tables, jnp.zeros(COPIES, jnp.int32)
+        table, ints = self.state.page_table, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        rows = jax.jit(write_page_table, donate_argnums=0)
+        self._write_pages = rows.lower(table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1])).compile()
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
         slot = jax.ShapeDtypeStruct((), jnp.int32)
         self._write_slot = jax.jit(write_slot, donate_argnums=0).lower(tables, slot, abstract).compile()
@@ -134,6 +147,8 @@ class Runner:
             pairs[: len(plan.copies) - i] = plan.copies[i : i + COPIES]
             caches = self._copy_pages(self.state.kv_caches, pairs[:, 0].copy(), pairs[:, 1].copy())
             self.state = replace(self.state, kv_caches=caches)
+        for slots, rows in self.builder.table_rows(plan):
+            self.state = replace(self.state, page_table=self._write_pages(self.state.page_table, slots, rows))
         flat = self.builder.build(plan, shape)
         self.state, output = self.executables[shape](self.params, self.state, flat)
         output.sampled.token.copy_to_host_async()
@@ -156,6 +171,18 @@ def enable_compilation_cache(folder: str | None) -> None:
         path = Path(folder) if folder else Path.home() / ".cache" / "quire" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Tracing makes objects by the million, and looking for garbage among them takes a third of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _temporaries(executable: Any) -> int:

@@ -24,6 +24,7 @@ class DeviceState:
     """What lives on the device between steps; donated through every one of them."""
 
     kv_caches: list[Any]  # one for each layer, in the attention backend's layout
+    page_table: Array  # [slots, pages] i32: the pages of the slot's request, in order
     tables: SlotTables  # by slot: the tokens so far, and rare sampling wishes
 
 
@@ -46,13 +47,22 @@ class StepOutput:
 
 
 def step(
-    config: ModelConfig, backend: Backend, shape: StepShape, params: Params, state: DeviceState, flat: Array
+    config: ModelConfig,
+    backend: Backend,
+    page_size: int,
+    shape: StepShape,
+    params: Params,
+    state: DeviceState,
+    flat: Array,
 ) -> tuple[DeviceState, StepOutput]:
-    """Compute one step. `flat` is batch.BatchBuilder.build's int32 array; static: config, backend, shape."""
+    """Compute one step. `flat` is batch.BatchBuilder.build's int32 array; what comes before `params` is static."""
     part = unpack(flat, shape)
+    # Padding has slots out of range: it changes nothing, reads page 0 and writes there.
+    page_table = state.page_table.at[part["slots"], part["new_page_at"]].set(part["new_page"], mode="drop")
+    pages_of = lambda *at: page_table.at[at].get(mode="fill", fill_value=0)
     batch = RaggedBatch(
-        part["page_table"], part["kv_lens"], part["cu_q_lens"], part["num_rows"], part["num_decodes"],
-        part["write_page"], part["write_offset"],
+        pages_of(part["slots"]), part["kv_lens"], part["cu_q_lens"], part["num_rows"], part["num_decodes"],
+        pages_of(part["token_slots"], part["positions"] // page_size), part["positions"] % page_size,
     )  # fmt: skip
     tables = state.tables
     sampled_before = tables.tokens[jnp.maximum(-1 - part["tokens"], 0), part["positions"]]
@@ -67,7 +77,7 @@ def step(
         slots = jnp.where(active, part["slots"], tables.tokens.shape[0])
         history = tables.tokens.at[slots, part["sample_positions"]].set(jnp.maximum(out.token, 0), mode="drop")
 
-    state = DeviceState(kv_caches, replace(tables, tokens=history))
+    state = DeviceState(kv_caches, page_table, replace(tables, tokens=history))
     if shape.plain:
         return state, StepOutput(out, None)
 
@@ -83,6 +93,11 @@ def step(
     return state, StepOutput(out, asked)
 
 
+def write_page_table(page_table: Array, slots: Array, rows: Array) -> Array:
+    """-> page_table [slots, pages] with rows [R, pages] at `slots` [R]; one that is out of range is dropped."""
+    return page_table.at[slots].set(rows, mode="drop")
+
+
 def write_slot(tables: SlotTables, slot: Array, row: SlotTables) -> SlotTables:
     """-> the tables with one slot's part replaced; `row` is sampler.slot_row's."""
     return jax.tree.map(lambda table, value: table.at[slot].set(value), tables, row)
@@ -90,7 +105,8 @@ def write_slot(tables: SlotTables, slot: Array, row: SlotTables) -> SlotTables:
 
 def _sampling_input(part: dict[str, Array]) -> SamplingInput:
     as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
-    row = {name: as_float(part[name]) if name in FLOAT_FIELDS else part[name] for name in SLOT_FIELDS}
+    constants = zip(SLOT_FIELDS, part["constants"], strict=True)
+    row = {name: as_float(values) if name in FLOAT_FIELDS else values for name, values in constants}
     seed = jnp.stack([row.pop("seed_high"), row.pop("seed_low")], axis=-1)
     row["flags"] = part["row_flags"]
     return SamplingInput(

@@ -52,6 +52,23 @@ class RaggedBatch:
     write_offset: Array  # [T] and its place in that page
 
 
+@struct.dataclass
+class HeadInputs:
+    """What becomes q, k and v: a fused product [T, K, G + 2, D], of each KV head its queries, then its key and value.
+
+    In this order: + bias; q and k times norm weights over their root mean square (Zhang & Sennrich 2019); rope's
+    halves as pairs (Su et al. 2021). A value that is not finite becomes 0: a masked value still meets a weight of 0,
+    and 0 * NaN is NaN, so one bad row would reach others through pages.
+    """
+
+    qkv: Array
+    bias: Array | None = None  # [K, G + 2, D]
+    q_norm: Array | None = None  # [D]
+    k_norm: Array | None = None  # [D]
+    rope: tuple[Array, Array] | None = None  # cos and sin, each [T, R] float32, for the first 2 R dimensions
+    norm_eps: float = struct.field(pytree_node=False, default=1e-6)
+
+
 class Backend(NamedTuple):
     """One implementation of paged attention.
 
@@ -63,6 +80,8 @@ class Backend(NamedTuple):
         sinks [K, G] float32 or None: the logit of one more key without a value in each head's softmax (GPT-OSS).
         kv_scales [2, K] float32 or None: what a head's stored keys and values are multiplied by when read; they are
         divided by it, and kept within the dtype's range, when written.
+    attend_product(HeadInputs, cache, batch, spec, *, sinks, kv_scales) -> the same, from the fused product; None where
+        a backend leaves that to the model.
     """
 
     name: str
@@ -70,10 +89,13 @@ class Backend(NamedTuple):
     supports: Callable[[AttentionSpec, int, str], str | None]
     cache_spec: Callable[[AttentionSpec, int, int, str], Any]
     update_and_attend: Callable[..., tuple[Array, Any]]
+    attend_product: Callable[..., tuple[Array, Any]] | None = None
 
 
 BACKENDS = {
-    "triton": Backend("triton", ("gpu",), triton.supports, triton.cache_spec, triton.update_and_attend),
+    "triton": Backend(
+        "triton", ("gpu",), triton.supports, triton.cache_spec, triton.update_and_attend, triton.attend_product
+    ),
     "xla": Backend("xla", ("cpu", "gpu", "tpu"), xla.supports, xla.cache_spec, xla.update_and_attend),
 }
 

@@ -30,13 +30,15 @@ class NoModel:
 
     def __init__(self, rows: int, vocab_size: int):
         self.num_pages = rows * MAX_MODEL_LEN // PAGE + 1
-        self.shapes = step_shapes(rows, 8192, MAX_MODEL_LEN // PAGE)
-        self.builder = BatchBuilder(rows, MAX_MODEL_LEN // PAGE, PAGE)
+        self.shapes = step_shapes(rows, 8192)
+        self.builder = BatchBuilder(rows, MAX_MODEL_LEN // PAGE)
         self.random = np.random.default_rng(0)
         self.vocab_size = vocab_size
 
     def launch(self, plan) -> Launched:
-        self.builder.build(plan, choose_shape(self.shapes, plan, self.builder.admit(plan)))
+        shape = choose_shape(self.shapes, plan, self.builder.admit(plan))
+        list(self.builder.table_rows(plan))
+        self.builder.build(plan, shape)
         return Launched(plan, SimpleNamespace())  # type: ignore[arg-type]
 
     def collect(self, launched: Launched) -> np.ndarray:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from machine import copy_bandwidth, matmul_rate
 
 from engine import LLM, SamplingParams
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--profile", type=Path, help="write a profiler trace of one more run of each workload here")
     parser.add_argument("--settings", default="{}", help="JSON: more of EngineConfig's settings")
     options = parser.parse_args()
     settings = dict(max_model_len=4096) | json.loads(options.settings)
@@ -160,6 +162,9 @@ def main() -> None:
         report["runs"][name] = figures
         shown = f"{elapsed:8.3f} s {figures['in_tok_s']:10.0f} in/s {figures['out_tok_s']:9.0f} out/s"
         print(f"{name:22}{shown} {share:6.1%} of the limit", flush=True)
+        if options.profile:
+            with jax.profiler.trace(str(options.profile / name)):
+                run(llm, work)
         if options.out:
             options.out.write_text(json.dumps(report, indent=1))
 

@@ -13,7 +13,7 @@ from engine.models.config import LayerSpec, ModelConfig, RopeSpec
 from engine.models.layers import finite, gated_mlp, project, rms_norm, soft_cap
 from engine.models.params import Params
 from engine.models.rope import apply_rope, rope_tables
-from kernels.attention import AttentionSpec, Backend, RaggedBatch
+from kernels.attention import AttentionSpec, Backend, HeadInputs, RaggedBatch
 
 Rope = tuple[Array, Array] | None  # cosines and sines of each token's position
 
@@ -86,13 +86,20 @@ def _attention(
     batch: RaggedBatch,
 ) -> tuple[Array, Any]:
     """Grouped-query attention (Ainslie et al. 2023). x [T, D] -> [T, D], new cache."""
-    qkv = project(x, p["qkv"], p.get("qkv_bias"))
-    q, k, v = qkv[:, :, : config.group], qkv[:, :, config.group], qkv[:, :, config.group + 1]
-    if config.qk_norm:
-        q, k = rms_norm(q, p["q_norm"], config.norm_eps), rms_norm(k, p["k_norm"], config.norm_eps)
-    if rope is not None:
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
-    out, kv_cache = backend.update_and_attend(q, k, finite(v), kv_cache, batch, spec, sinks=p.get("sinks"))
+    options = {"sinks": p.get("sinks"), "kv_scales": p.get("kv_scales")}
+    if backend.attend_product is not None and config.qk_norm != "width":
+        inputs = HeadInputs(
+            project(x, p["qkv"]), p.get("qkv_bias"), p.get("q_norm"), p.get("k_norm"), rope, config.norm_eps
+        )
+        out, kv_cache = backend.attend_product(inputs, kv_cache, batch, spec, **options)
+    else:
+        qkv = project(x, p["qkv"], p.get("qkv_bias"))
+        q, k, v = qkv[:, :, : config.group], qkv[:, :, config.group], qkv[:, :, config.group + 1]
+        if config.qk_norm:
+            q, k = rms_norm(q, p["q_norm"], config.norm_eps), rms_norm(k, p["k_norm"], config.norm_eps)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        out, kv_cache = backend.update_and_attend(q, k, finite(v), kv_cache, batch, spec, **options)
     return project(out.reshape(x.shape[0], -1), p["out"].reshape(-1, x.shape[1]), p.get("out_bias")), kv_cache
 
 

@@ -6,7 +6,7 @@ head's part of a page is one piece of memory.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ from jax import Array
 
 from kernels.cuda.decode import decode, num_splits
 from kernels.cuda.prefill import prefill
+from kernels.cuda.prepare import prepare
 from kernels.cuda.tile import Tiles, padded
+from kernels.storage import KV_DTYPES, stored
 
 if TYPE_CHECKING:
-    from kernels.attention import AttentionSpec, RaggedBatch
+    from kernels.attention import AttentionSpec, HeadInputs, RaggedBatch
 
-KV_DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_HEAD = 256
 
 
@@ -57,9 +58,24 @@ def prefill_tiles(spec: AttentionSpec, dtype: jnp.dtype) -> Tiles:
 
 
 def update_and_attend(
+    q: Array, k: Array, v: Array, cache: Array, batch: RaggedBatch, spec: AttentionSpec, **options: Any
+) -> tuple[Array, Array]:
+    """See kernels.attention.Backend; options are `attend`'s."""
+    cache = write(k, v, cache, batch, options.get("kv_scales"))
+    return attend(q, cache, batch, spec, **options), cache
+
+
+def attend_product(
+    inputs: HeadInputs, cache: Array, batch: RaggedBatch, spec: AttentionSpec, **options: Any
+) -> tuple[Array, Array]:
+    """See kernels.attention.Backend; options are `attend`'s."""
+    given = {"kv_scales": options.get("kv_scales"), "interpret": options.get("interpret", False)}
+    q, cache = prepare(inputs, cache, batch, spec, **given)
+    return attend(q, cache, batch, spec, **options), cache
+
+
+def attend(
     q: Array,
-    k: Array,
-    v: Array,
     cache: Array,
     batch: RaggedBatch,
     spec: AttentionSpec,
@@ -69,31 +85,25 @@ def update_and_attend(
     interpret: bool = False,
     multiprocessors: int | None = None,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
-) -> tuple[Array, Array]:
-    """See kernels.attention.Backend. `multiprocessors`: if not this GPU's; `tiles`: decode's and prefill's."""
-    assert sinks is None and kv_scales is None
+) -> Array:
+    """q [T, K, G, D], and a cache that holds the step's keys and values -> [T, K, G, D].
+
+    `multiprocessors`: if not this GPU's; `tiles`: decode's and prefill's.
+    """
     tokens, rows, page_size = q.shape[0], batch.page_table.shape[0], cache.shape[3]
-    cache = write(k, v, cache, batch)
     flat = cache.reshape(-1, spec.head_dim)
+    options: dict[str, Any] = {
+        "page_size": page_size, "interpret": interpret, "sinks": sinks, "kv_scales": kv_scales,
+    }  # fmt: skip
     out = None
     if tokens > rows:  # else every row has one token at most
-        out = prefill(
-            q,
-            flat,
-            batch,
-            spec,
-            page_size=page_size,
-            tiles=tiles[1] or prefill_tiles(spec, q.dtype),
-            interpret=interpret,
-        )
+        out = prefill(q, flat, batch, spec, tiles=tiles[1] or prefill_tiles(spec, q.dtype), **options)
     processors: int = multiprocessors or jax.devices("gpu")[0].core_count  # type: ignore[assignment]
     splits = num_splits(rows, spec.num_kv_heads, batch.page_table.shape[1] * page_size, processors)
-    tile = tiles[0] or decode_tiles(spec, q.dtype)
-    out = decode(q, out, flat, batch, spec, page_size=page_size, tiles=tile, splits=splits, interpret=interpret)
-    return out, cache
+    return decode(q, out, flat, batch, spec, tiles=tiles[0] or decode_tiles(spec, q.dtype), splits=splits, **options)
 
 
-def write(k: Array, v: Array, cache: Array, batch: RaggedBatch) -> Array:
+def write(k: Array, v: Array, cache: Array, batch: RaggedBatch, kv_scales: Array | None = None) -> Array:
     """Put k and v [T, K, D] where the batch says, in place if the cache is donated; what goes to page 0 is dropped.
 
     Rows of head_dim values are scattered over one flat axis: a scatter over two axes that are not next to each other
@@ -104,5 +114,6 @@ def write(k: Array, v: Array, cache: Array, batch: RaggedBatch) -> Array:
     part = jnp.arange(2 * K, dtype=jnp.int32)[None, :]
     rows = (batch.write_page[:, None] * (2 * K) + part) * page_size + batch.write_offset[:, None]
     rows = jnp.where(batch.write_page[:, None] > 0, rows, flat.shape[0])
-    both = jnp.concatenate([k, v], axis=1).astype(cache.dtype)
+    scale = None if kv_scales is None else kv_scales.reshape(-1)
+    both = stored(jnp.concatenate([k, v], axis=1), scale, cache.dtype)
     return flat.at[rows].set(both, mode="drop", unique_indices=True).reshape(cache.shape)

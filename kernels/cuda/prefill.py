@@ -10,7 +10,18 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.cuda.tile import Tiles, attend, finish, launch, load_rows, padded, start, store_rows
+from kernels.cuda.tile import (
+    Options,
+    Tiles,
+    attend,
+    finish,
+    launch,
+    load_rows,
+    options_of,
+    padded,
+    start,
+    store_rows,
+)
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, RaggedBatch
@@ -48,6 +59,8 @@ def prefill(
     page_size: int,
     tiles: Tiles,
     interpret: bool,
+    sinks: Array | None = None,
+    kv_scales: Array | None = None,
 ) -> Array:
     """q [T, K, G, D], cache [rows, D] -> [T, K, G, D], undefined where a token's row is not from num_decodes on."""
     tokens, K, G, D = q.shape
@@ -55,7 +68,10 @@ def prefill(
     Q, block = max(tiles.queries, padded(G)), tiles.context
     blocks = query_blocks(batch, tokens, size)
 
-    def kernel(blocks: Any, table: Any, queries: Any, cache: Any, out: Any) -> None:
+    def prefill_blocks(blocks: Any, table: Any, queries: Any, cache: Any, *rest: Any) -> None:
+        refs = list(rest)
+        options = Options.take(refs, sinks, kv_scales)
+        out = refs[-1]
         head, index = pl.program_id(0), pl.program_id(1)
         row, token, position, count = (blocks[i, index] for i in range(4))
         lane = jnp.arange(Q, dtype=jnp.int32)
@@ -80,10 +96,14 @@ def prefill(
         whole = 0 if spec.window is not None else jnp.minimum((position + 1) // block, last)
         state = start(Q, padded(D))
         for bounds, mask in ((first, 0, whole), None), ((first, whole, last), visible):
-            state = attend(state, taken, cache, pages_of, head, spec, page_size, block, bounds, mask, interpret)
-        store_rows(out, q_rows, finish(state).astype(out.dtype), turn < count)
+            state = attend(
+                state, taken, cache, pages_of, head, spec, page_size, block, bounds, mask, interpret,
+                options.scale_of(0, head, K),
+            )  # fmt: skip
+        value = finish(state, interpret, options.sinks_of(head * G + lane % G), options.scale_of(1, head, K))
+        store_rows(out, q_rows, value.astype(out.dtype), turn < count)
 
     flat = jax.ShapeDtypeStruct((tokens * K * G, D), q.dtype)
-    inputs = [blocks, batch.page_table, q.reshape(-1, D), cache]
+    inputs = [blocks, batch.page_table, q.reshape(-1, D), cache, *options_of(sinks, kv_scales)]
     grid = (K, blocks.shape[1])
-    return launch(kernel, inputs, flat, grid=grid, tiles=tiles, interpret=interpret).reshape(q.shape)
+    return launch(prefill_blocks, inputs, flat, grid=grid, tiles=tiles, interpret=interpret).reshape(q.shape)

@@ -71,7 +71,8 @@ def load_rows(ref: Any, rows: Array) -> Array:
     at, columns = _elements(ref, rows)
     if padded(ref.shape[1]) == ref.shape[1]:
         return plgpu.load(at)
-    return plgpu.load(at, mask=columns < ref.shape[1], other=0)
+    zero = 0 if jnp.issubdtype(ref.dtype, jnp.integer) else 0.0  # Triton has no cast from integers to one-byte floats
+    return plgpu.load(at, mask=columns < ref.shape[1], other=zero)
 
 
 def store_rows(ref: Any, rows: Array, value: Array, keep: Array) -> None:
@@ -95,13 +96,44 @@ def exp2(x: Array, interpret: bool) -> Array:
     return plgpu.elementwise_inline_asm(asm, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[out])[0]
 
 
+def options_of(sinks: Array | None, kv_scales: Array | None) -> list[Array]:
+    """-> the arrays among a kernel's inputs that only some models have; `Options.take` finds them again."""
+    return [x.reshape(-1) for x in (sinks, kv_scales) if x is not None]
+
+
+class Options(NamedTuple):
+    """What `options_of` passed on, seen from within a kernel: references to flat arrays, or None."""
+
+    sinks: Any  # [K * G]
+    scales: Any  # [2 * K]
+
+    @staticmethod
+    def take(refs: list[Any], sinks: Array | None, kv_scales: Array | None) -> Options:
+        return Options(None if sinks is None else refs.pop(0), None if kv_scales is None else refs.pop(0))
+
+    def scale_of(self, part: int, head: Array, kv_heads: int) -> Array | None:
+        """-> what multiplies a head's stored keys (part 0) or values (part 1)."""
+        return None if self.scales is None else plgpu.load(self.scales.at[part * kv_heads + head])
+
+    def sinks_of(self, heads: Array) -> Array | None:
+        return None if self.sinks is None else plgpu.load(self.sinks.at[heads])
+
+
 def start(queries: int, head_dim: int) -> Softmax:
     zeros = jnp.zeros(queries, jnp.float32)
     return Softmax(zeros + NOTHING, zeros, jnp.zeros((queries, head_dim), jnp.float32))
 
 
-def finish(state: Softmax) -> Array:
-    return state.value / jnp.where(state.total > 0, state.total, 1.0)[:, None]
+def finish(state: Softmax, interpret: bool, sinks: Array | None = None, value_scale: Array | None = None) -> Array:
+    """-> the weighted mean [Q, D] of the values. sinks [Q]: logits of a last key that has none."""
+    maximum, total, value = state
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32) * LOG2_E
+        highest = jnp.maximum(maximum, sinks)
+        keep = exp2(maximum - highest, interpret)
+        total, value = total * keep + exp2(sinks - highest, interpret), value * keep[:, None]
+    mean = value / jnp.where(total > 0, total, 1.0)[:, None]
+    return mean if value_scale is None else mean * value_scale
 
 
 def attend(
@@ -116,16 +148,18 @@ def attend(
     bounds: tuple[Any, Any, Any],
     visible: Callable[[Array], Array] | None,
     interpret: bool,
+    key_scale: Array | None = None,
 ) -> Softmax:
     """Take in the context from bounds[0] on, turns bounds[1] to bounds[2] of `block` tokens each.
 
     q [Q, D]; cache [rows, D]; pages_of(positions [N]) -> their pages [N], for any position >= 0; visible(positions)
-    -> what masks scores, broadcastable to [Q, N], or None where all is visible.
+    -> what masks scores, broadcastable to [Q, N], or None where all is visible; key_scale []: multiplies stored keys.
     """
     first, begin, end = bounds
     shift = page_size.bit_length() - 1
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scale = spec.scale * LOG2_E if spec.soft_cap is None else 1.0
+    raw: Any = spec.scale if key_scale is None else spec.scale * key_scale
+    scale = raw * LOG2_E if spec.soft_cap is None else 1.0
     positions = lambda i: first + i * block + jnp.arange(block, dtype=jnp.int32)
 
     def dot(a: Array, b: Array, contract: int) -> Array:
@@ -141,7 +175,7 @@ def attend(
         v = load_rows(cache, rows + spec.num_kv_heads * page_size).astype(q.dtype)
         scores = dot(q, k, 1)
         if spec.soft_cap is not None:  # tanh(x) is 1 - 2 / (exp(2 x) + 1)
-            power = exp2(scores * (2 * LOG2_E * spec.scale / spec.soft_cap), interpret)
+            power = exp2(scores * (raw * (2 * LOG2_E / spec.soft_cap)), interpret)
             scores = (spec.soft_cap * LOG2_E) * (1.0 - 2.0 / (power + 1.0))
         if visible is not None:
             scores = jnp.where(visible(at), scores, NOTHING)

@@ -5,14 +5,32 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.batch import BatchBuilder, StepShape, choose_shape, gpu_step_shapes, step_shapes, unpack
+from engine.batch import (
+    SLOT_FIELDS,
+    TABLE_ROWS,
+    BatchBuilder,
+    StepShape,
+    choose_shape,
+    gpu_step_shapes,
+    step_shapes,
+    unpack,
+)
 from engine.scheduler import Row, StepPlan
 from tests.engine.fakes import make_request
 
 
-def _build(builder: BatchBuilder, plan: StepPlan, shape: StepShape) -> np.ndarray:
+def _build(builder: BatchBuilder, plan: StepPlan, shape: StepShape, table: np.ndarray | None = None) -> np.ndarray:
+    """-> the flat input; `table` [slots, pages] becomes what the device's would after the step."""
     builder.admit(plan)
-    return builder.build(plan, shape)
+    written = list(builder.table_rows(plan))
+    flat = builder.build(plan, shape)
+    if table is not None:
+        part = unpack(flat, shape)
+        for slots, rows in written:
+            table[slots[slots < len(table)]] = rows[slots < len(table)]
+        there = (part["slots"] < len(table)) & (part["new_page_at"] < table.shape[1])
+        table[part["slots"][there], part["new_page_at"][there]] = part["new_page"][there]
+    return flat
 
 
 def _plan(*rows: tuple[list[int], int, int, list[int]]) -> StepPlan:
@@ -34,7 +52,7 @@ def _plan(*rows: tuple[list[int], int, int, list[int]]) -> StepPlan:
 def test_every_possible_plan_has_a_bucket(plain: bool, buckets, seqs: int, budget: int):
     if budget < seqs:
         return
-    shapes = buckets(seqs, budget, 4)
+    shapes = buckets(seqs, budget)
     assert len(set(shapes)) == len(shapes)
     for rows in range(1, seqs + 1):
         for tokens in range(rows, budget + 1):
@@ -47,26 +65,25 @@ def test_every_possible_plan_has_a_bucket(plain: bool, buckets, seqs: int, budge
 
 
 def test_a_plan_becomes_ragged_arrays():
-    shape = StepShape(4, 8, 3)
+    shape = StepShape(4, 8)
     plan = _plan(([7, 8, 9], 2, 1, [11]), ([1, 2, 3, 4, 5, 6], 1, 4, [21, 22]))
-    flat = _build(BatchBuilder(num_slots=6, pages=3, page_size=4), plan, shape)
+    flat = _build(BatchBuilder(num_slots=6, pages=3), plan, shape)
     part = unpack(flat, shape)
     assert (part["num_rows"], part["num_decodes"]) == (2, 1)
     assert part["tokens"].tolist() == [9, 2, 3, 4, 5, 0, 0, 0]
     assert part["positions"].tolist() == [2, 1, 2, 3, 4, 0, 0, 0]
-    assert part["write_page"].tolist() == [11, 21, 21, 21, 22, 0, 0, 0], "padding writes to page 0"
-    assert part["write_offset"].tolist() == [2, 1, 2, 3, 0, 0, 0, 0]
+    assert part["token_slots"].tolist() == [5, 4, 4, 4, 4, 6, 6, 6], "padding belongs to no slot"
     assert part["cu_q_lens"].tolist() == [0, 1, 5, 5, 5]
     assert part["kv_lens"].tolist() == [3, 5, 0, 0]
-    assert part["page_table"].tolist() == [[11, 0, 0], [21, 22, 0], [0, 0, 0], [0, 0, 0]]
     assert part["sample_at"].tolist() == [0, 4, 0, 0]
     assert part["slots"].tolist() == [5, 4, 6, 6], "padding rows write to no slot"
     assert (part["row_flags"] != 0).tolist() == [True, False, False, False], "only a whole sequence samples"
-    assert part["temperature"].view(np.float32).tolist() == [1.0, 1.0, 0.0, 0.0]
+    temperature = part["constants"][SLOT_FIELDS.index("temperature")]
+    assert temperature.view(np.float32).tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_a_plan_is_plain_until_a_row_asks_for_more_than_a_temperature():
-    builder = BatchBuilder(num_slots=6, pages=3, page_size=4)
+    builder = BatchBuilder(num_slots=6, pages=3)
     first, second = _plan(([7, 8], 0, 2, [11])), _plan(([7, 8], 0, 2, [11]), ([7, 8], 0, 2, [12]))
     assert builder.admit(first)
     second.admitted[1].params = second.admitted[1].params.replace(top_k=5)
@@ -75,13 +92,39 @@ def test_a_plan_is_plain_until_a_row_asks_for_more_than_a_temperature():
 
 
 def test_a_token_that_is_still_being_sampled_is_named_by_its_slot():
-    shape = StepShape(1, 1, 3)
-    flat = _build(BatchBuilder(num_slots=6, pages=3, page_size=4), _plan(([7, 8, 9], 3, 1, [11])), shape)
+    shape = StepShape(1, 1)
+    flat = _build(BatchBuilder(num_slots=6, pages=3), _plan(([7, 8, 9], 3, 1, [11])), shape)
     assert unpack(flat, shape)["tokens"].tolist() == [-1 - 5]
 
 
+def test_page_tables_follow_their_requests():
+    builder, table = BatchBuilder(num_slots=6, pages=3), np.full((6, 3), 99)
+    rows = ([1] * 12, 0, 8, [11, 12]), ([1] * 6, 0, 3, [21])
+    plan = _plan(*rows)
+    _build(builder, plan, StepShape(2, 16), table)
+    assert table[5].tolist() == [11, 12, 0], "several pages at once: the whole row"
+    assert table[4].tolist() == [21, 99, 99], "one page: it alone"
+    plan.admitted, plan.rows[0].request.pages, plan.rows[1].request.pages = [], [11, 12, 13], [21, 22]
+    assert not list(builder.table_rows(plan)), "a row grows by one page within the step"
+    _build(builder, plan, StepShape(2, 16), table)
+    assert table[5].tolist() == [11, 12, 13] and table[4].tolist()[:2] == [21, 22]
+
+
 def test_a_slot_that_is_taken_again_forgets_its_pages():
-    builder, shape = BatchBuilder(num_slots=6, pages=3, page_size=4), StepShape(1, 16, 3)
-    _build(builder, _plan(([1] * 12, 0, 12, [11, 12, 13])), shape)
-    flat = _build(builder, _plan(([1] * 6, 0, 6, [21, 22])), shape)
-    assert unpack(flat, shape)["write_page"].tolist()[:6] == [21, 21, 21, 21, 22, 22]
+    builder, shape, table = BatchBuilder(num_slots=6, pages=3), StepShape(1, 16), np.zeros((6, 3), int)
+    _build(builder, _plan(([1] * 12, 0, 12, [11, 12, 13])), shape, table)
+    _build(builder, _plan(([1] * 3, 0, 3, [21])), shape, table)
+    assert table[5].tolist()[0] == 21
+
+
+def test_more_admissions_than_one_launch_writes_take_several():
+    plan = StepPlan()
+    for slot in range(TABLE_ROWS + 1):
+        request = make_request([1] * 8, 4)
+        request.pages, request.slot = [slot + 1, slot + 50], slot
+        plan.rows.append(Row(request, slot, 0, 8, samples=True))
+        plan.admitted.append(request)
+        plan.num_tokens += 8
+    builder, table = BatchBuilder(num_slots=20, pages=3), np.zeros((20, 3), int)
+    _build(builder, plan, StepShape(20, 128), table)
+    assert table[: TABLE_ROWS + 1].tolist() == [[slot + 1, slot + 50, 0] for slot in range(TABLE_ROWS + 1)]

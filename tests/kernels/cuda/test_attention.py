@@ -36,6 +36,11 @@ NAMED = {case.name: case for case in CASES}
         (NAMED["window"], SPLIT, "float32"),
         (NAMED["soft cap"], UNSPLIT, "float32"),
         (NAMED["page 256"], UNSPLIT, "float32"),
+        (NAMED["sinks, window"], UNSPLIT, "float32"),
+        (NAMED["sinks"], SPLIT, "float32"),
+        (NAMED["e4m3, scales"], SPLIT, "float32"),
+        (NAMED["e5m2"], UNSPLIT, "bfloat16"),
+        (NAMED["int8, scales"], UNSPLIT, "float32"),
         (Case("head 256, mha", AttentionSpec(1, 1, 256, 1 / 16), CHUNKS[1:4], page_size=8), SPLIT, "float16"),
         (Case("window, decode, split", AttentionSpec(1, 2, 64, 0.125, window=300), DECODES), SPLIT, "float32"),
     ],
@@ -88,5 +93,5 @@ def test_tiles_hold_a_group_and_are_powers_of_two(group: int, head_dim: int):
 def test_a_gpu_gets_these_kernels_unless_something_is_not_supported():
     assert choose_backend("auto", "gpu", {SPEC}, 16, "bfloat16").name == "triton"
     assert choose_backend("auto", "gpu", {AttentionSpec(1, 1, 512, 1.0)}, 16, "bfloat16").name == "xla"
-    with pytest.raises(ValueError, match="triton: no KV cache of dtype float8_e4m3fn"):
-        choose_backend("triton", "gpu", {SPEC}, 16, "float8_e4m3fn")
+    with pytest.raises(ValueError, match="triton: no KV cache of dtype float8_e3m4"):
+        choose_backend("triton", "gpu", {SPEC}, 16, "float8_e3m4")

@@ -65,7 +65,7 @@ MUTATIONS = (
     Mutation("attention scale", TRANSFORMER, "config.attention_scale or ", "", "gemma2"),
     Mutation("embedding scale", TRANSFORMER, "if config.embedding_scale != 1:", "if False:", "gemma2"),
     Mutation("activation", READ, 'get("hidden_activation", str, None) or ', "", "gemma2"),
-    Mutation("bias: q, k and v", TRANSFORMER, 'p["qkv"], p.get("qkv_bias")', 'p["qkv"], None', "qwen2"),
+    Mutation("bias: q, k and v", TRANSFORMER, 'p["qkv"], p.get("qkv_bias")', 'p["qkv"]', "qwen2"),
     Mutation("bias: attention's output", TRANSFORMER, 'p.get("out_bias")', "None", "biased"),
     Mutation("bias: gate and up", TRANSFORMER, 'p.get("gate_up_bias")', "None", "biased"),
     Mutation("bias: down", TRANSFORMER, 'p.get("down_bias")', "None", "biased"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -39,6 +39,21 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
+def template_from_setting(value: str) -> str:
+    """-> the template that an operator names: the text of a file, or the value itself if it is a template.
+
+    Errors: ValueError for a value that is neither, for a file that cannot be read, for what is no Jinja.
+    """
+    template = value
+    if not any(character in value for character in "{}\n"):
+        try:
+            template = Path(value).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"chat_template: {value!r} is no template and no readable file: {error}") from None
+    compile_template(template)
+    return template
+
+
 def compile_template(source: str) -> jinja2.Template:
     """-> a compiled template. It can't change its arguments, nor reach anything but them.
 
@@ -68,44 +83,3 @@ def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     except Exception as error:  # a template is a program of its own: it may raise anything
         message = f"the chat template failed on them: {type(error).__name__}: {error}"
         raise RequestError("messages", message) from error
-
-
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """-> copies of the messages, their contents turned into texts. Errors: RequestError("messages")."""
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError("messages", f"must be a non-empty list, got {messages!r:.80}")
-    checked = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError("messages", f"[{i}] must be an object with a role, got {message!r:.80}")
-        checked.append({**message, "content": _text(message["content"], i)} if "content" in message else dict(message))
-    return checked
-
-
-def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """-> the tools as dicts. Errors: RequestError("tools")."""
-    if tools is None:
-        return None
-    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
-        raise RequestError("tools", f"must be a list, got {tools!r:.80}")
-    for i, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise RequestError("tools", f"[{i}] must be an object with the function's JSON schema, got {tool!r:.80}")
-    return [dict(tool) for tool in tools]
-
-
-def _text(content: Any, i: int) -> str | None:
-    if content is None or isinstance(content, str):
-        return content
-    if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise RequestError("messages", f"[{i}].content must be a text or a list of parts, got {content!r:.80}")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text":
-            what = f"{part!r:.80}" if kind is None else f"a part of type {kind!r:.80}"
-            raise RequestError("messages", f"[{i}].content: only parts of type 'text' are supported, got {what}")
-        if not isinstance(part.get("text"), str):
-            raise RequestError("messages", f"[{i}].content: a text part needs a text, got {part!r:.80}")
-        texts.append(part["text"])
-    return "\n".join(texts)

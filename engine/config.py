@@ -11,6 +11,7 @@ from absl import flags
 from engine.pages import PAGE_SIZES, default_page_size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+NARROW_KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
 def _setting(
@@ -32,7 +33,9 @@ class EngineConfig:
     )
     load_format: str = _setting("auto", "'dummy' draws random weights of the model's shape.", choices=("auto", "dummy"))
     dtype: str = _setting("auto", "Of weights and activations; auto: float32 on CPU, else bfloat16.", choices=DTYPES)
-    kv_cache_dtype: str = _setting("auto", "Of the KV cache; auto: as dtype.", choices=DTYPES)
+    kv_cache_dtype: str = _setting(
+        "auto", "Of the KV cache; auto: as dtype, fp8: fp8_e4m3.", choices=(*DTYPES, *NARROW_KV_DTYPES)
+    )
     quantization: str | None = _setting(None, "Weight quantisation; none is supported yet.")
     max_model_len: int | None = _setting(None, "Longest sequence, in tokens; default: the model's.", low=1, kind=int)
     max_num_seqs: int | None = _setting(
@@ -61,7 +64,9 @@ class EngineConfig:
     data_parallel_size: int = _setting(1, "Replicas of the engine; 1 is supported so far.", low=1, kind=int)
     attention_backend: str = _setting("auto", "A name of kernels.attention.BACKENDS.")
     speculative_config: dict[str, Any] | None = None
-    chat_template: str | None = _setting(None, "A Jinja chat template instead of the model's.")
+    chat_template: str | None = _setting(
+        None, "For every chat: a Jinja file, Jinja, or the name of one of the model's."
+    )
     compilation_cache_dir: str | None = _setting(None, "JAX's persistent cache; default: in the user's cache folder.")
     seed: int = _setting(0, "Draws the seeds of requests that name none, and dummy weights.", kind=int)
 
@@ -105,9 +110,10 @@ class EngineConfig:
                 f"max_num_batched_tokens: {batched} is less than max_num_seqs {seqs}; every one needs a token a step"
             )
         dtype = ("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype
+        kv_dtype = NARROW_KV_DTYPES.get(self.kv_cache_dtype, self.kv_cache_dtype)
         return ResolvedConfig(
             dtype=dtype,
-            kv_cache_dtype=dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype,
+            kv_cache_dtype=dtype if self.kv_cache_dtype == "auto" else kv_dtype,
             max_model_len=max_model_len,
             max_num_seqs=seqs,
             max_num_batched_tokens=batched,

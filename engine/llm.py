@@ -73,18 +73,17 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """-> the answers to one conversation or to a list of them. Errors: as generate."""
+        """-> the answers to one conversation or to a list of them. Errors: as generate.
+
+        `chat_template` is Jinja, or the name of one of the model's templates; `chat_template_kwargs` are further
+        variables for it, such as `documents`.
+        """
+        options = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt, "tools": tools}
+        kwargs = chat_template_kwargs or {}
+        if taken := sorted(options.keys() & kwargs.keys()):
+            raise RequestError("chat_template_kwargs", f"must not contain {', '.join(taken)}; they have arguments here")
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            self.chat_prompt(
-                conversation,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                **(chat_template_kwargs or {}),
-            )
-            for conversation in conversations
-        ]
+        prompts = [self.chat_prompt(conversation, **options, **kwargs) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def embed(
@@ -117,7 +116,6 @@ class LLM:
     def chat_prompt(self, messages: Sequence[Message], **options: Any) -> dict[str, Any]:
         """-> a conversation as a prompt for `generate` or `stream`. Options: Tokenizer.apply_chat_template's."""
         tokenizer = self.get_tokenizer()
-        options["chat_template"] = options.get("chat_template") or self.core.config.chat_template
         text = tokenizer.apply_chat_template(messages, **options)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from engine.config import EngineConfig, ResolvedConfig
 
 CPU_SHARE = 0.1  # of RAM, for the KV cache on the CPU, where memory is not ours alone
 RESERVE = 256 << 20  # bytes on an accelerator for what its runtime takes beside our arrays
+CUDA_BYTES = 1536 << 20  # outside JAX's pool: CUDA's context, code, and the graphs of every step
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,26 @@ def plan_memory(
 
 
 def limit_gpu_pool(config: EngineConfig) -> None:
-    """Ask JAX's GPU allocator for our share of the card and no more; it reads this variable when a backend starts."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
+    """Ask JAX's GPU allocator for our share of the card and no more; it reads this variable when a backend starts.
+
+    What CUDA takes for itself counts as ours: the pool is smaller by that.
+    """
+    share, total = config.gpu_memory_utilization, _gpu_bytes()
+    if total is not None:
+        share = max(share - CUDA_BYTES / total, 0.01)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.4f}")
+
+
+def _gpu_bytes() -> int | None:
+    """-> memory of the first NVIDIA GPU, asked of its driver so that no backend starts yet; None without one."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, total = ctypes.c_int(), ctypes.c_size_t()
+    failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0)
+    failed = failed or cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+    return None if failed else total.value
 
 
 def _ram_bytes() -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,9 @@ from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
 COPIES = 8  # page copies in one launch; more take several
+# Autotuning takes most of a cold start, and gains only where products have very few rows (docs/performance.md).
+UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+TUNED_TOKENS = 8  # steps of so many tokens at most are tuned
 
 
 class Launched(NamedTuple):
@@ -106,7 +111,8 @@ class Runner:
         report(f"compiling {len(self.shapes)} step shapes")
         executables = {}
         threads = min(os.cpu_count() or 1, COMPILERS)
-        with ThreadPoolExecutor(threads) as pool, tqdm(total=len(self.shapes), desc="compiling", disable=None) as bar:
+        bar = tqdm(total=len(self.shapes), desc="compiling", disable=None)
+        with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
             for shape, executable in pool.map(lambda s: (s, self._compile(s, state)), self.shapes):
                 executables[shape] = executable
                 bar.update()
@@ -165,6 +171,18 @@ def enable_compilation_cache(folder: str | None) -> None:
         path = Path(folder) if folder else Path.home() / ".cache" / "quire" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Tracing makes objects by the million, and looking for garbage among them takes a third of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _temporaries(executable: Any) -> int:

@@ -10,6 +10,7 @@ from absl import app, flags
 
 from engine.config import config_from_flags, define_flags
 from engine.server import ServerOptions, run
+from engine.server.tool_calls import PARSERS
 
 FLAGS = flags.FLAGS
 
@@ -20,6 +21,9 @@ flags.DEFINE_multi_string("api_key", [], "Ask every client for this key; repeat 
 flags.DEFINE_multi_string("served_model_name", [], "Name of the model in requests; default: the value of --model.")
 flags.DEFINE_integer("max_queue", 1024, "Completions that may wait beyond --max-num-seqs; more are told 429.")
 flags.DEFINE_integer("max_queue_tokens", 1 << 22, "Prompt tokens that may wait; more are told 429.")
+flags.DEFINE_enum(
+    "tool_call_parser", None, list(PARSERS), "How the model writes tool calls; without it they stay text."
+)
 flags.DEFINE_float("shutdown_timeout", 20.0, "Seconds that running requests get after SIGTERM.")
 flags.DEFINE_integer("timeout_keep_alive", 5, "Seconds for which an idle connection is kept.")
 flags.DEFINE_integer("max_connections", 4096, "Open connections; more are told 503, or cut.")
@@ -28,7 +32,7 @@ flags.DEFINE_enum(
 )
 _SERVER_FLAGS = (
     "host", "port", "max_queue", "max_queue_tokens", "shutdown_timeout", "timeout_keep_alive", "max_connections",
-    "uvicorn_log_level",
+    "uvicorn_log_level", "tool_call_parser",
 )  # fmt: skip
 
 

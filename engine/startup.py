@@ -41,6 +41,10 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     if not config.skip_tokenizer_init and (config.tokenizer or not dummy):
         own = locate(config.tokenizer, weights=False, setting="tokenizer") if config.tokenizer else None
         tokenizer = load_tokenizer(own or path)
+    if config.chat_template is not None:
+        if tokenizer is None:
+            raise ValueError("chat_template: is of no use without a tokenizer; leave it out")
+        tokenizer.use_chat_template(config.chat_template)
     if checkpoint is None or dummy:
         params = random_params(model, resolved.dtype, config.seed)
     else:

@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders
 
+from engine.chat_messages import check_messages, check_tools
 from engine.request import RequestError
 
 
@@ -45,6 +46,7 @@ class _TokenBytes(dict[int, bytes]):
 class Tokenizer:
     """A model's tokenizer with its special ids and chat template. All methods may be called from several threads.
 
+    `chat_template`: Jinja, or several by name, of which "default" is used, or "tool_use" for a chat with tools.
     `special_tokens` are the texts that chat templates know by name: {"bos_token": "<s>", "eos_token": "</s>", ...}.
     Truncation and padding that the backend's file asks for are turned off: a prompt is never cut silently.
     """
@@ -55,7 +57,7 @@ class Tokenizer:
         *,
         eos_token_ids: tuple[int, ...],
         bos_token_id: int | None,
-        chat_template: str | None,
+        chat_template: str | Mapping[str, str] | None,
         special_tokens: dict[str, str],
     ):
         backend.no_truncation()
@@ -63,7 +65,8 @@ class Tokenizer:
         self.backend = backend
         self.eos_token_ids = eos_token_ids
         self.bos_token_id = bos_token_id
-        self.chat_template = chat_template
+        named = {"default": chat_template} if isinstance(chat_template, str) else chat_template or {}
+        self.chat_templates = dict(named)
         self.special_tokens = special_tokens
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self._anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
@@ -128,23 +131,43 @@ class Tokenizer:
         """-> the prompt of a chat; encode it with add_special_tokens=False, since templates write their own bos.
 
         messages: [{"role": ..., "content": text or [{"type": "text", "text": ...}, ...], ...}, ...]; the texts of a
-        list are joined by newlines, as in vLLM. `chat_template` (Jinja) is used instead of the model's; `kwargs` are
-        further variables for it. Errors: RequestError naming "messages", "tools" or "chat_template".
+        list are joined by newlines, as in vLLM. `chat_template` is used instead of the model's: Jinja, or the name of
+        one of `chat_templates`. `kwargs` are further variables for it, such as `documents`.
+        Errors: RequestError naming "messages", "tools" or "chat_template".
         """
         from engine import chat_template as chat  # brings jinja2, which start-up need not wait for
 
-        template = self.chat_template if chat_template is None else chat_template
-        if template is None:
-            raise RequestError("chat_template", "the model has none; pass chat_template")
+        template = self._choose_template(chat_template, with_tools=bool(tools))
         variables = {
             **self.special_tokens,
             "documents": None,
             **kwargs,
-            "messages": chat.check_messages(messages),
-            "tools": chat.check_tools(tools),
+            "messages": check_messages(messages),
+            "tools": check_tools(tools),
             "add_generation_prompt": add_generation_prompt,
         }
         return chat.render(self._compiled(template), variables)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own template for chats without tools; None if it has none."""
+        return self.chat_templates.get("default")
+
+    def use_chat_template(self, wanted: str) -> None:
+        """Let every chat use one template: a file, Jinja itself, or one of the model's by name. Errors: ValueError."""
+        from engine import chat_template as chat
+
+        self.chat_templates = {"default": self.chat_templates.get(wanted) or chat.template_from_setting(wanted)}
+
+    def _choose_template(self, wanted: str | None, *, with_tools: bool) -> str:
+        templates = self.chat_templates
+        if wanted is not None:
+            return templates.get(wanted, wanted) if isinstance(wanted, str) else wanted
+        name = "tool_use" if with_tools and "tool_use" in templates else "default"
+        if name not in templates:
+            names = f"none named 'default', but {', '.join(map(repr, templates))}" if templates else "none"
+            raise RequestError("chat_template", f"the model has {names}; pass chat_template")
+        return templates[name]
 
     @functools.cached_property
     def _compiled(self):

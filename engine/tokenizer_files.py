@@ -44,12 +44,11 @@ def _from_folder(folder: Path) -> Tokenizer:
         + _eos_token_ids(folder / "generation_config.json")
         + _eos_token_ids(folder / "config.json")
     )
-    template = source.chat_template
     return Tokenizer(
         backend,
         eos_token_ids=tuple(eos),
         bos_token_id=source.bos_token_id,
-        chat_template=template.get("default") if isinstance(template, dict) else template,
+        chat_template=source.chat_template,
         special_tokens={name: str(token) for name, token in source.special_tokens_map.items()},
     )
 

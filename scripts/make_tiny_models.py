@@ -1,6 +1,6 @@
 """Make tests/data/tiny: a tiny model of every family with random weights, and what transformers says of it.
 
-    OTHER/python scripts/make_tiny_models.py [NAME ...]
+    OTHER/python scripts/make_tiny_models.py [NAME ...]      ("ropes": the frequencies of scaled ropes)
 
 needs torch and transformers, which are no dependencies of the project. Each model is a folder as transformers saves it,
 with goldens beside its weights: three prompts, the log-probability of each of their tokens but the first, and the
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny"
 SIZES = dict(
@@ -48,6 +49,11 @@ LONG_ROPE = dict(
     long_factor=[1.2, 2.5, 6.0],
     original_max_position_embeddings=24,
 )
+DEEPSEEK = SIZES | dict(
+    num_key_value_heads=4, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10,
+    n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, n_shared_experts=2, n_group=4, topk_group=2,
+    first_k_dense_replace=1,
+)  # fmt: skip
 WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 CONFIGS = {
     "llama3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
@@ -78,15 +84,49 @@ CONFIGS = {
         rope_parameters=LONG_ROPE | dict(partial_rotary_factor=0.75),
     ),
     "olmo2": transformers.Olmo2Config(**SIZES, rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "mixtral": transformers.MixtralConfig(
+        **SIZES | dict(intermediate_size=24), num_local_experts=6, num_experts_per_tok=2, sliding_window=None
+    ),
+    "qwen3-moe": transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, norm_topk_prob=True
+    ),
+    "gpt-oss": transformers.GptOssConfig(
+        **SIZES | dict(intermediate_size=32, initializer_range=0.8),  # so that its activation meets its limits
+        head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=9,
+        rope_parameters=YARN_ROPE | dict(truncate=False),
+    ),
+    "deepseek-v2": transformers.DeepseekV2Config(
+        **DEEPSEEK, q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=1.5,
+        rope_parameters=YARN_ROPE | dict(mscale=0.7, mscale_all_dim=0.7),
+    ),
+    "deepseek-v3": transformers.DeepseekV3Config(
+        **DEEPSEEK, q_lora_rank=20, routed_scaling_factor=2.5,
+        rope_parameters=YARN_ROPE | dict(mscale=1.0, mscale_all_dim=1.0),
+    ),
 }  # fmt: skip
 LENGTHS, OUTPUT_LEN = (70, 45, 33), 32
 # Prompts and answers that stay within the original length, where longrope has other frequencies.
 SHORT = {"phi3": dict(max_model_len=24, lengths=(13, 9, 4), output_len=8)}
+# Options of scaled ropes that no tiny model has.
+ROPES = [
+    YARN_ROPE | dict(truncate=False),
+    YARN_ROPE | dict(attention_factor=1.25),
+    YARN_ROPE | dict(mscale=0.7, mscale_all_dim=1.3),
+    YARN_ROPE | dict(factor=None, beta_fast=None),
+    YARN_ROPE | dict(partial_rotary_factor=0.5, rope_theta=5e5),
+    LONG_ROPE | dict(short_factor=[1.5] * 4, long_factor=[2.5, 3, 4, 5], factor=6.0),
+    LONG_ROPE | dict(short_factor=[1.5] * 4, long_factor=[2.5, 3, 4, 5], attention_factor=1.1),
+    LLAMA3_ROPE | dict(partial_rotary_factor=0.5, factor=32.0, high_freq_factor=8.0),
+    LINEAR_ROPE | dict(partial_rotary_factor=0.75),
+]
 MIN_MARGIN = 1e-3  # between the two most likely tokens, so that rounding doesn't decide
 
 
 def main() -> None:
-    for name in sys.argv[1:] or CONFIGS:
+    for name in sys.argv[1:] or ["ropes", *CONFIGS]:
+        if name == "ropes":
+            write(TINY.parent / "rope_frequencies.json", rope_frequencies())
+            continue
         model = make_model(CONFIGS[name])
         folder = TINY / name
         model.save_pretrained(folder)
@@ -96,6 +136,23 @@ def main() -> None:
             short = dict(SHORT[name])
             limit = dict(max_model_len=short.pop("max_model_len"))
             write(folder / "goldens_short.json", limit | goldens(model, **short))
+
+
+def rope_frequencies() -> list[dict]:
+    """-> each of ROPES, and what transformers computes of it for a short and a long sequence."""
+    found = []
+    for parameters in ROPES:
+        config = transformers.LlamaConfig(**SIZES, rope_parameters=dict(parameters))
+        compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+        results = {length: compute(config, None, seq_len=length) for length in (16, 256)}
+        found.append(
+            dict(
+                rope_parameters=parameters,
+                frequencies={length: frequencies.tolist() for length, (frequencies, _) in results.items()},
+                attention_factor=results[16][1],
+            )
+        )
+    return found
 
 
 def make_model(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
@@ -150,7 +207,7 @@ def greedy(model: transformers.PreTrainedModel, tokens: torch.Tensor, output_len
     return answer
 
 
-def write(path: Path, values: dict) -> None:
+def write(path: Path, values: dict | list) -> None:
     path.write_text(json.dumps(values) + "\n")
 
 

@@ -21,7 +21,7 @@ LAYERS = """
     __init__ convert generate serve server
     llm
     core startup
-    chat_template detokenizer stop_strings tokenizer tokenizer_files vocab
+    chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
     pooling runner
     batch memory speculate step weights
     scheduler

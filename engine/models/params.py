@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.models.config import ModelConfig
+from engine.models.config import LatentSpec, LayerSpec, ModelConfig, MoeSpec
 
 Params = dict[str, Any]  # a tree of arrays, in the shape of param_specs
 
@@ -30,12 +30,18 @@ def param_specs(config: ModelConfig) -> Params:
     D, V = config.hidden_size, config.vocab_size
     specs = {
         "embed": ParamSpec((V, D), ("vocab", "embed"), D),
-        "layers": [{**_attention(config), **_mlp(config), **_norms(config)} for _ in config.layers],
+        "layers": [_layer(config, layer) for layer in config.layers],
         "final_norm": _norm(config, D),
     }
     if not config.tie_embeddings:
         specs["lm_head"] = ParamSpec((V, D), ("vocab", "embed"), D)
     return specs
+
+
+def _layer(config: ModelConfig, layer: LayerSpec) -> dict[str, ParamSpec]:
+    attention = _latent_attention(config, layer.latent) if layer.latent else _attention(config)
+    mlp = _experts(config, layer.moe) if layer.moe else _mlp(config)
+    return {**attention, **mlp, **_norms(config)}
 
 
 def _norm(config: ModelConfig, *shape: int, axes: tuple[str | None, ...] = (None,)) -> ParamSpec:
@@ -81,6 +87,50 @@ def _mlp(config: ModelConfig) -> dict[str, ParamSpec]:
     if config.mlp_bias:
         specs["gate_up_bias"] = ParamSpec((2, F), (None, "mlp"), D)
         specs["down_bias"] = ParamSpec((D,), (None,), F)
+    return specs
+
+
+def _latent_attention(config: ModelConfig, latent: LatentSpec) -> dict[str, ParamSpec]:
+    """kv_a makes the latent and the rotated key of a token, k_b and v_b each head's key and value of the latent.
+
+    q and q_b are [.., heads, nope_dim + rope_dim], kv_a is [hidden, kv_rank + rope_dim].
+    """
+    D, N, R, V = config.hidden_size, config.num_heads, latent.kv_rank, latent.value_dim
+    width = latent.nope_dim + latent.rope_dim
+    specs = {
+        "kv_a": ParamSpec((D, R + latent.rope_dim), ("embed", None), D),
+        "kv_a_norm": _norm(config, R),
+        "k_b": ParamSpec((N, latent.nope_dim, R), ("heads", None, None), R),
+        "v_b": ParamSpec((N, R, V), ("heads", None, None), R),
+        "out": ParamSpec((N, 1, V, D), ("heads", None, None, "embed"), N * V),
+    }
+    if latent.q_rank is None:
+        return specs | {"q": ParamSpec((D, N, width), ("embed", "heads", None), D)}
+    return specs | {
+        "q_a": ParamSpec((D, latent.q_rank), ("embed", None), D),
+        "q_a_norm": _norm(config, latent.q_rank),
+        "q_b": ParamSpec((latent.q_rank, N, width), (None, "heads", None), latent.q_rank),
+    }
+
+
+def _experts(config: ModelConfig, moe: MoeSpec) -> dict[str, ParamSpec]:
+    """Experts are the first axis of their weights. The router is float32: its choice must not hang on rounding."""
+    D, E, F, S = config.hidden_size, moe.num_experts, moe.expert_size, moe.shared_size
+    specs = {
+        "router": ParamSpec((D, E), ("embed", None), D, "float32"),
+        "experts_gate_up": ParamSpec((E, D, 2, F), ("experts", "embed", None, "mlp"), D),
+        "experts_down": ParamSpec((E, F, D), ("experts", "mlp", "embed"), F),
+    }
+    if moe.router_bias:
+        specs["router_bias"] = ParamSpec((E,), (None,), D, "float32")
+    if moe.choice_bias:
+        specs["choice_bias"] = ParamSpec((E,), (None,), E, "float32")
+    if moe.expert_bias:
+        specs["experts_gate_up_bias"] = ParamSpec((E, 2, F), ("experts", None, "mlp"), D)
+        specs["experts_down_bias"] = ParamSpec((E, D), ("experts", "embed"), F)
+    if S:
+        specs["shared_gate_up"] = ParamSpec((D, 2, S), ("embed", None, "mlp"), D)
+        specs["shared_down"] = ParamSpec((S, D), ("mlp", "embed"), S)
     return specs
 
 

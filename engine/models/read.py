@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from engine.models.config import LayerSpec, ModelConfig, RopeSpec
+from engine.models.config import LatentSpec, LayerSpec, ModelConfig, RopeSpec
 from engine.models.families import FAMILIES, GGUF_ROPE_TENSORS, Family
 from engine.models.fields import Fields
 from engine.models.layers import ACTIVATIONS
@@ -37,7 +38,6 @@ GGUF_KEYS = {
 GGUF_ROPE_KEYS = {
     "type": "rope_type",
     "factor": "factor",
-    "attn_factor": "attention_factor",
     "yarn_attn_factor": "attention_factor",
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
@@ -72,17 +72,24 @@ def from_gguf(
     values = {key: metadata.get(f"{architecture}.{name}") for name, key in keys.items()}
     values["vocab_size"] = shapes["token_embd.weight"][0]
     values["tie_word_embeddings"] = "output.weight" not in shapes
+    values["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    values["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
     values["rope_scaling"] = _gguf_rope_scaling(source, architecture, metadata, shapes, load)
-    values["sliding_window"] = values["sliding_window"] or None  # 0 is none
     pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
-        values["layer_types"] = [LAYER_TYPES[bool(sliding)] for sliding in pattern]
+        values["layer_types"] = [LAYER_TYPES[bool(slides)] for slides in pattern]
     else:
         values["sliding_window_pattern"] = pattern
     given = {key: value for key, value in values.items() if value is not None}
+    if isinstance(values["sliding_window"], int) and values["sliding_window"] == 0:
+        given["sliding_window"] = None  # so that no default takes its place
     shown = {key: f"{architecture}.{name}" for name, key in keys.items()}
     shown["rope_scaling"] = f"{architecture}.rope.scaling"
-    by_depth = family.gguf_by_depth.get(given.get("num_hidden_layers", 0), {})
+    if "blk.0.attn_kv_b.weight" in shapes:
+        family = replace(family, gguf_fused_latent=True)
+    shown["layer_types"] = shown["sliding_window_pattern"] = f"{architecture}.attention.sliding_window_pattern"
+    depth = values["num_hidden_layers"]
+    by_depth = family.gguf_by_depth.get(depth, {}) if isinstance(depth, int) else {}
     get = Fields(source, {**family.defaults, **family.gguf_defaults, **by_depth, **given}, shown)
     return family, _model_config(family, get)
 
@@ -96,7 +103,10 @@ def _find(source: str, name: str, key: Callable[[Family], str]) -> Family:
 
 def _model_config(family: Family, get: Fields) -> ModelConfig:
     heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
-    head_dim = get("head_dim", int, hidden // heads)
+    kv_heads, head_dim = get("num_key_value_heads", int, heads), get("head_dim", int, hidden // heads or ...)
+    latent = family.latent(get) if family.latent else None
+    if latent:  # as the cache sees it: all heads share one key
+        kv_heads, head_dim = 1, latent.kv_rank + latent.rope_dim
     bias = get("attention_bias", bool, False)
     if get("use_bidirectional_attention", bool, False):
         raise get.error("use_bidirectional_attention", "is not supported: every token attends to those before it")
@@ -106,16 +116,16 @@ def _model_config(family: Family, get: Fields) -> ModelConfig:
         hidden_size=hidden,
         intermediate_size=get("intermediate_size", int),
         num_heads=heads,
-        num_kv_heads=get("num_key_value_heads", int, heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_model_len=_max_model_len(get),
-        layers=_layers(family, get, head_dim),
+        layers=_layers(family, get, latent.rope_dim if latent else head_dim, latent),
         norm_eps=get("rms_norm_eps", float, 1e-6),
         activation=get("hidden_activation", str, None) or get("hidden_act", str, "silu"),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=get("mlp_bias", bool, False),
-        attention_scale=get("query_pre_attn_scalar", float, head_dim) ** -0.5,
+        attention_scale=_latent_scale(get, latent) if latent else get("query_pre_attn_scalar", float, head_dim) ** -0.5,
         attention_soft_cap=get("attn_logit_softcapping", float, None),
         embedding_scale=hidden**0.5 if family.scaled_embeddings else 1.0,
         logit_soft_cap=get("final_logit_softcapping", float, None),
@@ -129,13 +139,20 @@ def _model_config(family: Family, get: Fields) -> ModelConfig:
     return config
 
 
-def _layers(family: Family, get: Fields, head_dim: int) -> tuple[LayerSpec, ...]:
+def _latent_scale(get: Fields, latent: LatentSpec) -> float:
+    """-> what latent attention multiplies q.k by: more in a context that YaRN stretched (DeepSeek-V2's release)."""
+    scaling = _rope_scaling(get, LAYER_TYPES[False])
+    all_dim = scaling("mscale_all_dim", float, 0.0, low=-1)
+    stretch = scaling("factor", float, 1.0) if all_dim and _rope_kind(scaling) != "default" else 1.0
+    return yarn_attention_factor(stretch, all_dim) ** 2 * (latent.nope_dim + latent.rope_dim) ** -0.5
+
+
+def _layers(family: Family, get: Fields, head_dim: int, latent: LatentSpec | None) -> tuple[LayerSpec, ...]:
     count = get("num_hidden_layers", int, high=MAX_LAYERS)
     window = get("sliding_window", int, None) if get("use_sliding_window", bool, True) else None
     rotates = _rotates(get, count)
     slides = [window is not None and slide for slide in _slides(get, count)]
     ropes = {kind: _rope(get, head_dim, kind) for kind in sorted({LAYER_TYPES[slide] for slide in slides})}
-    latent = family.latent(get) if family.latent else None
     return tuple(
         LayerSpec(
             rope=ropes[LAYER_TYPES[slides[i]]] if rotates[i] else None,
@@ -177,7 +194,7 @@ def _max_model_len(get: Fields) -> int:
     scaling = _rope_scaling(get, LAYER_TYPES[False])
     kind, factor = _rope_kind(scaling), scaling("factor", float, 1.0)
     if kind == "dynamic":
-        return int(longest * factor)
+        return max(longest, int(longest * factor))
     if kind == "yarn":
         return max(longest, int(_original_len(get, scaling) * factor))
     return longest
@@ -207,8 +224,8 @@ def _rope_kind(scaling: Fields) -> str:
 def _rope(get: Fields, head_dim: int, layer_type: str) -> RopeSpec:
     """-> the rope of the layers of one type."""
     scaling = _rope_scaling(get, layer_type)
-    theta = get("rope_theta", float, 10000.0)
-    local = get("rope_local_base_freq", float, None)
+    theta = get("rope_theta", float, 10000.0, low=1)
+    local = get("rope_local_base_freq", float, None, low=1)
     if local is not None and layer_type == LAYER_TYPES[True]:
         theta = local
         if layer_type not in get.nested("rope_parameters").values:
@@ -216,7 +233,7 @@ def _rope(get: Fields, head_dim: int, layer_type: str) -> RopeSpec:
     theta = scaling("rope_theta", float, theta, low=1)
     part = scaling("partial_rotary_factor", float, get("partial_rotary_factor", float, 1.0))
     dim = get("rope_dim", int, int(head_dim * part))
-    if dim % 2 or dim > head_dim:
+    if dim % 2 or not 0 < dim <= head_dim:
         raise ValueError(f"{get.source}: rope over {dim} of {head_dim} dimensions is not possible")
     return _scaled_rope(RopeSpec(dim, theta), _rope_kind(scaling), get, scaling)
 
@@ -232,7 +249,7 @@ def _scaled_rope(plain: RopeSpec, kind: str, get: Fields, scaling: Fields) -> Ro
     if kind == "dynamic":
         if dim <= 2:
             raise ValueError(f"{get.source}: dynamic rope needs more than {dim} dimensions")
-        return RopeSpec(dim, theta, kind, scaling("factor", float, low=0.999), longest)
+        return RopeSpec(dim, theta, kind, scaling("factor", float, low=1 - 1e-9), longest)
     if kind == "llama3":
         low, high = scaling("low_freq_factor", float), scaling("high_freq_factor", float)
         if low >= high:
@@ -242,14 +259,14 @@ def _scaled_rope(plain: RopeSpec, kind: str, get: Fields, scaling: Fields) -> Ro
         )  # fmt: skip
     if kind == "yarn":
         stretch = scaling("factor", float, longest / original if longest > original else ...)
-        scale, all_dim = scaling("mscale", float, 0.0, low=-1), scaling("mscale_all_dim", float, 0.0, low=-1)
+        scale, all_dim = (scaling(key, float, 0.0, low=-1e-9) for key in ("mscale", "mscale_all_dim"))
         if factor is None and scale and all_dim:
             factor = yarn_attention_factor(stretch, scale) / yarn_attention_factor(stretch, all_dim)
         return RopeSpec(
             dim, theta, kind, stretch, original,
             attention_factor=yarn_attention_factor(stretch) if factor is None else factor,
             beta_fast=scaling("beta_fast", float, 32.0), beta_slow=scaling("beta_slow", float, 1.0),
-            truncate=scaling("truncate", bool, True),
+            truncate=scaling("truncate", bool, get("truncate", bool, True)),
         )  # fmt: skip
     if kind == "longrope":
         stretch = scaling("factor", float, longest / original)
@@ -275,6 +292,10 @@ def _gguf_rope_scaling(
     for name, key in GGUF_ROPE_KEYS.items():
         if (value := metadata.get(f"{architecture}.rope.scaling.{name}")) is not None:
             values[key] = value
+    attention_factor = metadata.get(f"{architecture}.rope.scaling.attn_factor")
+    log_multiplier = Fields(source, metadata)(f"{architecture}.rope.scaling.yarn_log_multiplier", float, None)
+    if log_multiplier is not None:
+        values["mscale"] = values["mscale_all_dim"] = 10 * log_multiplier  # a tenth is written, for both
     tensors = {}
     for name in GGUF_ROPE_TENSORS & set(shapes):
         if len(shapes[name]) != 1 or shapes[name][0] > MAX_ROPE_FACTORS:
@@ -285,5 +306,9 @@ def _gguf_rope_scaling(
         return dict(rope_type="longrope", short_factor=both, long_factor=both, attention_factor=1.0)
     if tensors:
         short, long = tensors.get("rope_factors_short.weight"), tensors.get("rope_factors_long.weight")
-        return values | dict(rope_type="longrope", short_factor=short, long_factor=long)
+        return values | dict(
+            rope_type="longrope", short_factor=short, long_factor=long, attention_factor=attention_factor
+        )  # fmt: skip
+    if attention_factor not in (None, 1.0):
+        raise ValueError(f"{source}: {architecture}.rope.scaling.attn_factor is supported beside rope factors alone")
     return values

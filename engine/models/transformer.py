@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.models.config import LayerSpec, ModelConfig, RopeSpec
+from engine.models import mla
+from engine.models.config import LatentSpec, LayerSpec, ModelConfig, RopeSpec
 from engine.models.layers import finite, gated_mlp, project, rms_norm, soft_cap
+from engine.models.moe import mixture
 from engine.models.params import Params
 from engine.models.rope import apply_rope, rope_tables
 from kernels.attention import AttentionSpec, Backend, HeadInputs, RaggedBatch
@@ -20,10 +22,10 @@ Rope = tuple[Array, Array] | None  # cosines and sines of each token's position
 
 def attention_spec(config: ModelConfig, index: int) -> AttentionSpec:
     """-> what layer `index` asks of the attention backend."""
-    scale = config.attention_scale or config.head_dim**-0.5
+    layer, scale = config.layers[index], config.attention_scale or config.head_dim**-0.5
     return AttentionSpec(
         config.num_kv_heads, config.group, config.head_dim, scale,
-        window=config.layers[index].window, soft_cap=config.attention_soft_cap,
+        window=layer.window, soft_cap=config.attention_soft_cap, value_dim=layer.latent and layer.latent.kv_rank,
     )  # fmt: skip
 
 
@@ -69,10 +71,11 @@ def _layer(
         return rms_norm(h, p[name], config.norm_eps) if name in p else h
 
     with jax.named_scope("attention"):
-        h, kv_cache = _attention(config, backend, spec, p, kv_cache, norm("attn_norm", x), rope, batch)
+        attend = _attention if layer.latent is None else partial(_latent_attention, layer.latent)
+        h, kv_cache = attend(config, backend, spec, p, kv_cache, norm("attn_norm", x), rope, batch)
         x = x + norm("attn_post_norm", h)
     with jax.named_scope("mlp"):
-        return x + norm("mlp_post_norm", _mlp(config, layer, p, norm("mlp_norm", x))), kv_cache
+        return x + norm("mlp_post_norm", _mlp(config, layer, p, norm("mlp_norm", x), batch)), kv_cache
 
 
 def _attention(
@@ -103,8 +106,29 @@ def _attention(
     return project(out.reshape(x.shape[0], -1), p["out"].reshape(-1, x.shape[1]), p.get("out_bias")), kv_cache
 
 
-def _mlp(config: ModelConfig, layer: LayerSpec, p: Params, x: Array) -> Array:
+def _latent_attention(
+    latent: LatentSpec,
+    config: ModelConfig,
+    backend: Backend,
+    spec: AttentionSpec,
+    p: Params,
+    kv_cache: Any,
+    x: Array,
+    rope: Rope,
+    batch: RaggedBatch,
+) -> tuple[Array, Any]:
+    """Multi-head latent attention. x [T, D] -> [T, D], new cache."""
+    assert rope is not None
+    q, k = mla.queries_and_key(x, p, latent, config.norm_eps, rope)
+    out, kv_cache = backend.update_and_attend(q, finite(k), None, kv_cache, batch, spec)
+    return mla.heads_output(out, p), kv_cache
+
+
+def _mlp(config: ModelConfig, layer: LayerSpec, p: Params, x: Array, batch: RaggedBatch) -> Array:
     """x [T, D] -> [T, D]."""
+    if layer.moe is not None:
+        valid = jnp.arange(x.shape[0]) < batch.cu_q_lens[-1]
+        return mixture(x, p, layer.moe, config.activation, valid)
     return gated_mlp(x, p["gate_up"], p["down"], config.activation, p.get("gate_up_bias"), p.get("down_bias"))
 
 

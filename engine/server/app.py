@@ -179,8 +179,9 @@ class Api:
         head = wire.new_head("chatcmpl-", body.model or self.options.served_model_name[0])
         body.sampling_params()  # refuse what is cheap to refuse before the template runs
         prompt = await self._render(core, template_arguments(body))
-        group = await self._in_pool(lambda: chat.prepare(core, body, prompt, head.id))
-        return await self._answer(request, body, [group], chat.ChatFormat(head, body, group, core))
+        parser = chat.tool_call_parser(body, self.options.tool_call_parser)
+        group = await self._in_pool(lambda: chat.prepare(core, body, prompt, head.id, parser))
+        return await self._answer(request, body, [group], chat.ChatFormat(head, body, group, core, parser))
 
     async def embeddings(self, request: Request) -> Response:
         core = self.driver.ready()
@@ -241,7 +242,7 @@ class Api:
 
         def render() -> str:
             loop.call_soon_threadsafe(started.set)
-            return tokenizer.apply_chat_template(chat_template=core.config.chat_template, **arguments)
+            return tokenizer.apply_chat_template(**arguments)
 
         future = loop.run_in_executor(self.templates, render)
         await started.wait()
@@ -296,8 +297,7 @@ class Api:
         core = self.driver.ready()
         tokenizer = need_tokenizer(core)
         names = {"bos_token": None, "eos_token": None, "pad_token": None, **tokenizer.special_tokens}
-        template = core.config.chat_template or tokenizer.chat_template
-        about = {"chat_template": template, "model_max_length": core.resolved.max_model_len}
+        about = {"chat_template": tokenizer.chat_template, "model_max_length": core.resolved.max_model_len}
         return _json({"tokenizer_class": "Tokenizer", **names, **about})
 
     # -- about the server

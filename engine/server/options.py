@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.server.tool_calls import PARSERS
+
 MIB = 1 << 20
 
 
@@ -17,6 +19,7 @@ class ServerOptions:
     api_key: tuple[str, ...] = ()  # any of them opens the door; none: no key is asked for
     max_queue: int = 1024  # completions that may wait beyond the engine's max_num_seqs
     max_queue_tokens: int = 1 << 22  # prompt tokens that may wait
+    tool_call_parser: str | None = None  # how the model writes tool calls; none: they stay text
     shutdown_timeout: float = 20.0  # what running requests get after SIGTERM
     timeout_keep_alive: int = 5
     uvicorn_log_level: str = "info"
@@ -39,6 +42,8 @@ class ServerOptions:
             raise ValueError("api_key: a key must not be empty")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port: must be in [0, 65535], got {self.port}")
+        if self.tool_call_parser not in (None, *PARSERS):
+            raise ValueError(f"tool_call_parser: must be one of {', '.join(PARSERS)}, got {self.tool_call_parser!r}")
         for name in ("max_queue", "shutdown_timeout", "timeout_keep_alive"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")

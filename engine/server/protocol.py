@@ -11,11 +11,12 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from engine.chat_messages import parse_arguments
 from engine.request import MAX_LOGPROBS, RequestError, SamplingParams
 
 MAX_COMPLETIONS = 1024  # n times prompts of one HTTP request
 MAX_EMBEDDINGS = 2048  # texts of one HTTP request
-MAX_MESSAGES = 4096  # of a chat, and of its tools: templates may loop over them in loops
+MAX_MESSAGES = 4096  # of a chat, its tools, its documents: templates may loop over them in loops
 MAX_DEPTH = 64  # of nested JSON
 
 T = TypeVar("T")
@@ -28,7 +29,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "chat_template": (),  # a template is code: the operator's is used
     "continue_final_message": (False,),
     "dimensions": (),
-    "documents": (),
     "early_stopping": (False,),
     "echo": (False,),
     "function_call": ("none",),
@@ -212,6 +212,7 @@ class Message(_Strict):
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     refusal: None = None
     annotations: list[None] | None = None
     audio: None = None
@@ -220,7 +221,7 @@ class Message(_Strict):
     def for_template(self) -> dict[str, Any]:
         """-> the form that chat templates know: text as one string, a tool call's arguments as an object."""
         message: dict[str, Any] = {"role": self.role, "content": self._text()}
-        for name in ("name", "tool_call_id", "reasoning_content"):
+        for name in ("name", "tool_call_id", "reasoning_content", "reasoning"):
             if (value := getattr(self, name)) is not None:
                 message[name] = value
         if self.tool_calls:
@@ -235,17 +236,9 @@ class Message(_Strict):
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     check_depth("messages", call)
-    function = call.get("function")
-    if not isinstance(function, dict):
-        raise RequestError("messages", "each of tool_calls must have a function")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments or "{}")
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise RequestError("messages", f"a tool call's arguments are not JSON: {error}") from None
-        check_depth("messages", arguments)
-    return {**call, "function": {**function, "arguments": arguments}}
+    parsed = parse_arguments(call)
+    check_depth("messages", parsed)
+    return parsed
 
 
 class Tool(_Strict):
@@ -258,6 +251,7 @@ class ChatRequest(_Generation, kw_only=True):
 
     messages: list[Message]
     tools: list[Tool] | None = None
+    documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -288,6 +282,7 @@ class TokenizeChatRequest(_Strict, kw_only=True):
 
     messages: list[Message]
     tools: list[Tool] | None = None
+    documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tool_choice: str | None = None
@@ -305,22 +300,25 @@ def template_arguments(request: ChatRequest | TokenizeChatRequest) -> dict[str, 
     """-> arguments of Tokenizer.apply_chat_template. Errors: RequestError."""
     if not request.messages:
         raise RequestError("messages", "must not be empty")
-    for name, entries in (("messages", request.messages), ("tools", request.tools or ())):
+    documents = request.documents or ()
+    for name, entries in (("messages", request.messages), ("tools", request.tools or ()), ("documents", documents)):
         if len(entries) > MAX_MESSAGES:
             raise RequestError(name, f"at most {MAX_MESSAGES} are supported, got {len(entries)}")
     if request.tool_choice not in (None, "none", "auto"):
         raise RequestError("tool_choice", "only none and auto are supported")
     kwargs = request.chat_template_kwargs or {}
-    taken = sorted(_NOT_FOR_TEMPLATES.intersection(kwargs))
+    taken = sorted(name for name in kwargs if name in _NOT_FOR_TEMPLATES or (name == "documents" and documents))
     if taken:
         raise RequestError("chat_template_kwargs", f"must not contain {', '.join(taken)}")
     check_depth("chat_template_kwargs", kwargs)
     tools = [] if request.tool_choice == "none" else [msgspec.to_builtins(tool) for tool in request.tools or ()]
     check_depth("tools", tools)
+    check_depth("documents", list(documents))
     return {
         "messages": [message.for_template() for message in request.messages],
         "add_generation_prompt": request.add_generation_prompt is not False,
         "tools": tools or None,
+        **({"documents": documents} if documents else {}),
         **kwargs,
     }
 

@@ -10,28 +10,11 @@ from typing import Any
 from engine.models.config import ModelConfig
 from engine.models.families import Family
 from engine.models.params import ParamSpec, map_specs, param_specs
+from engine.weights.mixture_layouts import MIXTURE_LAYOUTS
 from engine.weights.names import GGUF, HF, is_neutral, tensor_name
+from engine.weights.part import Part
 
 Path = tuple[Any, ...]  # of a parameter, e.g. ("layers", 3, "qkv")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A block of a parameter: parameter[at] = tensor[rows].reshape(view)[take].transpose(order), in the block's shape.
-
-    `offset` is added, in float32. All else but the last reshape is a view, so that a slice of a block reads no more
-    than that slice's bytes.
-    """
-
-    tensor: str
-    shape: tuple[int, ...]  # that the checkpoint must have
-    view: tuple[int, ...]
-    order: tuple[int, ...]
-    block: tuple[int, ...]  # shape of parameter[at]
-    at: tuple[slice, ...] = ()
-    rows: tuple[int, int] | None = None  # first and end; None: all
-    take: tuple[slice, ...] = ()
-    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +29,7 @@ class Recipe:
 def recipes(config: ModelConfig, family: Family, style: int) -> list[Recipe]:
     """-> how each parameter of the model is made from a checkpoint with `style`'s names (names.HF or names.GGUF)."""
     found: list[Recipe] = []
-    map_specs(lambda path, spec: found.append(_recipe(family, style, path, spec)), param_specs(config))
+    map_specs(lambda path, spec: found.append(_recipe(config, family, style, path, spec)), param_specs(config))
     return found
 
 
@@ -69,7 +52,10 @@ def check_tensors(
             raise ValueError(f"{source}: {name} has shape {shapes[name]}, expected {shape}")
 
 
-def _recipe(family: Family, style: int, path: Path, spec: ParamSpec) -> Recipe:
+def _recipe(config: ModelConfig, family: Family, style: int, path: Path, spec: ParamSpec) -> Recipe:
+    if path[-1] in MIXTURE_LAYOUTS:
+        parts = MIXTURE_LAYOUTS[path[-1]](path[-1], spec.shape, config, family, style)
+        return Recipe(path, spec, tuple(replace(p, tensor=tensor_name(family, style, path, p.tensor)) for p in parts))
     layout = _LAYOUTS.get(path[-1], _as_it_is)
     parts = layout(path[-1], spec.shape, style == GGUF and family.gguf_rope_interleaved)
     offset = family.norm_offset if style == HF and path[-1].endswith("norm") else 0.0
@@ -99,7 +85,7 @@ def _as_it_is(name: str, shape: tuple[int, ...], paired: bool) -> list[Part]:
 
 
 def _flat(name: str, shape: tuple[int, ...], paired: bool) -> list[Part]:
-    """A vector over all heads: what norms over the whole width have."""
+    """A vector over all heads: what sinks and norms over the whole width are."""
     return [Part(name, (math.prod(shape),), shape, tuple(range(len(shape))), shape)]
 
 
@@ -116,7 +102,7 @@ def _gate_up(name: str, shape: tuple[int, ...], paired: bool) -> list[Part]:
     D, _, F = shape
     return [
         Part(part, (F, D), (F, 1, D), (2, 1, 0), (D, 1, F), (slice(None), slice(i, i + 1)))
-        for i, part in enumerate(("gate", "up"))
+        for i, part in enumerate((name.replace("gate_up", "gate"), name.replace("gate_up", "up")))
     ]
 
 
@@ -150,5 +136,10 @@ _LAYOUTS: dict[str, Callable[[str, tuple[int, ...], bool], list[Part]]] = {
     "gate_up_bias": _gate_up_bias,
     "q_norm": _flat,
     "k_norm": _flat,
+    "sinks": _flat,
     "down": _transposed,
+    "q_a": _transposed,
+    "router": _transposed,
+    "shared_gate_up": _gate_up,
+    "shared_down": _transposed,
 }

@@ -109,6 +109,20 @@ def _q6_k(blocks: np.ndarray, out: np.ndarray) -> None:
     _scale(quants.view(np.int8) - np.int8(32), _floats(blocks["d"]) * blocks["scales"], None, out)
 
 
+# Twice what four bits mean, sign, two bits of exponent, one of mantissa: with half the scale, which is finite.
+DOUBLED_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+
+
+def half_scales(exponents: np.ndarray) -> np.ndarray:
+    """-> half the powers of two that MXFP4's uint8 exponents stand for, 2^(exponent - 128). float32, same shape"""
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 128)
+
+
+def _mxfp4(blocks: np.ndarray, out: np.ndarray) -> None:
+    _scale(DOUBLED_E2M1[_unpack(blocks["quants"], 4, 16)], half_scales(blocks["exponent"])[:, None], None, out)
+    out += np.float32(0)  # ggml's zeros have no sign
+
+
 @dataclass(frozen=True)
 class BlockType:
     """How one ggml type stores tensors: elements in a block, a block's bytes, and how they become float32."""
@@ -135,6 +149,7 @@ BLOCK_TYPES = {
         256, np.dtype([_D, _DMIN, ("scales", "u1", 12), ("high", "u1", 32), ("quants", "u1", 128)]), _q5_k
     ),
     "Q6_K": BlockType(256, np.dtype([("quants", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D]), _q6_k),
+    "MXFP4": BlockType(32, np.dtype([("exponent", "u1"), ("quants", "u1", 16)]), _mxfp4),
 }
 TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",

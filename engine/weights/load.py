@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from engine.models.params import Params, ParamSpec, map_specs, param_specs
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
 from engine.weights.gguf import open_gguf
+from engine.weights.mxfp4 import MicroscaledTensor, with_dequantized
 from engine.weights.names import GGUF, HF
 from engine.weights.orbax import OrbaxCheckpoint, is_orbax, open_orbax, restore
 from engine.weights.place import place
@@ -57,7 +58,10 @@ def open_checkpoint(path: Path) -> Checkpoint | OrbaxCheckpoint:
         return Checkpoint(str(path), config, family, GGUF, {name: file.stored(name) for name in file.tensors})
     family, config = _read_config(path)
     files = open_safetensors(path)
-    return Checkpoint(str(path), config, family, HF, {name: files.stored(name) for name in files.tensors})
+    tensors = with_dequantized(str(path), {name: files.stored(name) for name in files.tensors})
+    if any(isinstance(tensor, MicroscaledTensor) for tensor in tensors.values()):
+        family = replace(family, packed_experts=True)
+    return Checkpoint(str(path), config, family, HF, tensors)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.weights.assemble import Part
+from engine.weights.part import Part
 
 Range = tuple[int, int]  # first and end
 

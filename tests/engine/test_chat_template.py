@@ -38,6 +38,25 @@ def test_text_parts_are_joined_by_newlines():
     assert parts == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 
+def test_a_tool_calls_arguments_are_an_object_for_the_template():
+    def arguments(given: Any) -> str:
+        call = {"type": "function", "function": {"name": "f", "arguments": given}}
+        messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+        text = render("{{ messages[0].tool_calls[0].function.arguments | tojson }}", messages)
+        assert call["function"]["arguments"] is given
+        return text
+
+    assert arguments('{"city": "Ulm"}') == arguments({"city": "Ulm"}) == '{"city": "Ulm"}'
+    assert arguments("") == arguments(None) == "{}"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_what_was_thought_is_found_under_every_name(name: str):
+    template = "{{ messages[0].reasoning_content }}{{ messages[0].reasoning }}{{ messages[0].thinking }}"
+    assert render(template, [{"role": "assistant", "content": "x", name: "hm"}]) == "hmhmhm"
+    assert render("{{ 'thinking' in messages[0] }}") == "False"
+
+
 def test_messages_without_content_stay_without():
     calls = {"role": "assistant", "tool_calls": []}
     assert render("{{ 'content' in messages[0] }}", [calls]) == "False"
@@ -102,6 +121,10 @@ def test_a_templates_error_names_the_field(template: str, field: str, message: s
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "'image_url'"),
         ([{"role": "user", "content": ["hello"]}], "'text' are supported, got 'hello'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "needs a text"),
+        ([{"role": "assistant", "tool_calls": "f"}], "tool_calls must be a list of objects"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "must have a function"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}], "are not JSON"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 100_000}}]}], "are not JSON"),
     ],
 )
 def test_malformed_messages_are_refused(messages: Any, message: str):
@@ -122,6 +145,43 @@ def test_a_chat_needs_a_template(template: Any):
     with pytest.raises(RequestError, match="pass chat_template|must be a Jinja template") as error:
         wrap(byte_level_backend()).apply_chat_template(CHAT, chat_template=template)
     assert error.value.field == "chat_template"
+
+
+NAMED = {"default": "default", "tool_use": "with {{ tools[0].name }}", "rag": "{{ documents[0].title }}"}
+
+
+def test_one_of_several_templates_is_chosen_by_name_or_by_need():
+    tokenizer = wrap(byte_level_backend(), NAMED)
+    assert tokenizer.chat_template == "default"
+    assert tokenizer.apply_chat_template(CHAT) == "default"
+    assert tokenizer.apply_chat_template(CHAT, tools=[]) == "default"
+    assert tokenizer.apply_chat_template(CHAT, tools=[{"name": "f"}]) == "with f"
+    assert tokenizer.apply_chat_template(CHAT, chat_template="rag", documents=[{"title": "Sea"}]) == "Sea"
+    assert tokenizer.apply_chat_template(CHAT, chat_template="default", tools=[{"name": "f"}]) == "default"
+
+
+def test_templates_without_a_default_must_be_named():
+    tokenizer = wrap(byte_level_backend(), {"tool_use": "x", "rag": "y"})
+    with pytest.raises(RequestError, match="none named 'default', but 'tool_use', 'rag'; pass chat_template"):
+        tokenizer.apply_chat_template(CHAT)
+    assert tokenizer.apply_chat_template(CHAT, chat_template="rag") == "y"
+
+
+def test_the_operators_template_replaces_the_models(tmp_path: Path):
+    (tmp_path / "mine.jinja").write_text("from a file: {{ messages[0].content }}")
+    for setting, text in ((str(tmp_path / "mine.jinja"), "from a file: Be brief."), ("{{ 1 + 1 }}", "2"), ("rag", "")):
+        tokenizer = wrap(byte_level_backend(), NAMED)
+        tokenizer.use_chat_template(setting)
+        assert tokenizer.apply_chat_template(CHAT, tools=[{"name": "f"}], documents=[{}]) == text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("nowhere.jinja", "'nowhere.jinja' is no template and no readable file"), ("{% for %}", "line 1"), (".", "file")],
+)
+def test_an_operators_template_that_cannot_be_used_is_refused_at_once(setting: str, message: str):
+    with pytest.raises(ValueError, match=f"^chat_template: .*{message}"):
+        wrap(byte_level_backend()).use_chat_template(setting)
 
 
 def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch):

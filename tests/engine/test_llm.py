@@ -24,8 +24,9 @@ def llm(smollm2_gguf: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "config.json").write_text(json.dumps(SHAPE))
     return LLM(
-        model=str(folder), load_format="dummy", tokenizer=str(smollm2_gguf), max_num_seqs=8, max_num_batched_tokens=64
-    )
+        model=str(folder), load_format="dummy", tokenizer=str(smollm2_gguf), max_num_seqs=8, max_num_batched_tokens=64,
+        chat_template="{{ greeting or 'Dear' }} {{ messages[0].content }}",
+    )  # fmt: skip
 
 
 def greedy(**options) -> SamplingParams:
@@ -82,6 +83,7 @@ def test_an_argument_that_does_not_exist_is_refused_by_name(name: str):
         (dict(dtype="int3"), "dtype: must be one of"),
         (dict(attention_backend="flash"), "attention_backend: 'flash' is not one of"),
         (dict(enable_prefix_caching=1), "enable_prefix_caching: must be of type bool"),
+        (dict(chat_template="{{ 1 }}"), "chat_template: is of no use without a tokenizer"),
     ],
 )
 def test_a_setting_that_cannot_be_met_is_an_error_that_names_it(tmp_path: pathlib.Path, settings, message: str):
@@ -103,6 +105,19 @@ def test_a_bad_prompt_is_refused_and_nothing_is_queued(llm: LLM, prompt, field: 
         llm.generate([[1, 2, 3], prompt], greedy())
     assert error.value.field == field
     assert not llm.core.has_unfinished()
+
+
+def test_a_chat_goes_through_a_template_with_arguments_for_it(llm: LLM):
+    chat = [{"role": "user", "content": "Ann"}]
+    own = "{{ tools[0].name }} {{ documents[0] }} {{ add_generation_prompt }}"
+    more = {"tools": [{"name": "f"}], "chat_template_kwargs": {"documents": ["d"]}, "add_generation_prompt": False}
+    assert llm.chat(chat, greedy())[0].prompt == "Dear Ann"
+    assert [o.prompt for o in llm.chat([chat, chat], greedy(), chat_template_kwargs={"greeting": "Oh"})] == [
+        "Oh Ann"
+    ] * 2
+    assert llm.chat(chat, greedy(), chat_template=own, **more)[0].prompt == "f d False"
+    with pytest.raises(RequestError, match="chat_template_kwargs: must not contain tools"):
+        llm.chat(chat, greedy(), chat_template_kwargs={"tools": []})
 
 
 def test_n_completions_share_a_prompt_and_differ_when_sampled(llm: LLM):

@@ -48,9 +48,21 @@ def test_the_chat_template_is_found_wherever_it_is(tmp_path: Path):
     for template in (CHAT_TEMPLATE, named):
         folder = write_folder(tmp_path, tokenizer_config={**CONFIG, "chat_template": template})
         assert load_tokenizer(folder).chat_template == CHAT_TEMPLATE
+    assert load_tokenizer(folder).chat_templates == {"default": CHAT_TEMPLATE, "tool_use": "other"}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("third")
     (tmp_path / "chat_template.jinja").write_text("{{ 'from the file' }}")
     tokenizer = load_tokenizer(write_folder(tmp_path))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}]) == "from the file"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template="rag") == "third"
+
+
+def test_special_tokens_may_be_objects(tmp_path: Path):
+    bos = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": False, "rstrip": False}
+    config = CONFIG | {"bos_token": bos, "additional_special_tokens": ["<x>"], "pad_token": None}
+    tokenizer = load_tokenizer(write_folder(tmp_path, tokenizer_config=config))
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert tokenizer.decode(tokenizer.encode("hello<x>")) == "hello"
 
 
 def test_nothing_in_a_folder_is_executed(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine import tokenizer
@@ -46,7 +48,7 @@ def sentencepiece_backend() -> Tokenizer:
     return backend
 
 
-def wrap(backend: Tokenizer, chat_template: str | None = None) -> tokenizer.Tokenizer:
+def wrap(backend: Tokenizer, chat_template: str | Mapping[str, str] | None = None) -> tokenizer.Tokenizer:
     """-> our Tokenizer around a backend that has <s> and </s>."""
     bos, eos = backend.token_to_id("<s>"), backend.token_to_id("</s>")
     assert bos is not None and eos is not None

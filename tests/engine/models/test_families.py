@@ -26,7 +26,7 @@ def test_every_family_has_a_tiny_model():
 @pytest.fixture
 def one_step_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile one step for whatever there is to do: most of such a test's time would be compiling."""
-    monkeypatch.setattr("engine.runner.step_shapes", lambda rows, tokens, pages: [StepShape(rows, tokens, pages)])
+    monkeypatch.setattr("engine.runner.step_shapes", lambda rows, tokens: [StepShape(rows, tokens)])
 
 
 @pytest.mark.usefixtures("one_step_shape")
@@ -42,5 +42,5 @@ def test_logprobs_and_greedy_tokens_are_those_of_transformers(file: pathlib.Path
     for output, expected in zip(outputs, goldens["logprobs"], strict=True):
         assert output.prompt_logprobs is not None
         found = [next(iter(entry.values())).logprob for entry in output.prompt_logprobs[1:] if entry]
-        assert np.abs(np.subtract(found, expected)).max() < 1e-4 * max(goldens["spread"], 1)
+        assert np.abs(np.subtract(found, expected)).max() < 2e-5 * goldens["spread"]  # of the logits
     assert [output.outputs[0].token_ids for output in outputs] == goldens["answers"]

@@ -29,7 +29,8 @@ TEMPLATE = (
     "{% if tools %}[{% for tool in tools %}{{ tool.function.name }}{% endfor %}]{% endif %}"
     "{% for m in messages %}{% if m.role == 'forbidden' %}{{ raise_exception('no such role') }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments.city }}{% endif %}"
-    "{% endfor %}{% if mood %}({{ mood }}){% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% endfor %}{% if mood %}({{ mood }}){% endif %}{% if documents %}{{ documents[0].title }}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -91,7 +92,7 @@ class FakeCore:
         self.embedded_without_room = 0  # so many calls still find no room
         self.closed = False
         self.prompt_tokens = self.generation_tokens = 0
-        self.alphabet = self.tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
+        self.alphabet = self.tokenizer.encode("abcdefghijklmnopqrstuvwxyz")  # or what a test wants to be said
 
     def prepare(
         self,
@@ -195,7 +196,7 @@ class FakeCore:
         if group.params.prompt_logprobs is not None and group.prompt_logprobs is None:
             ids = group.prompt_token_ids
             group.prompt_logprobs = [None, *(self._logprobs(t, group.params.prompt_logprobs, odd) for t in ids[1:])]
-        token = self.alphabet[(completion.index + len(completion.token_ids)) % 26]
+        token = self.alphabet[(completion.index + len(completion.token_ids)) % len(self.alphabet)]
         update.token_ids, update.text = [token], self.tokenizer.token_text(token)
         if group.params.logprobs is not None:
             update.logprobs = [self._logprobs(token, group.params.logprobs, odd)]

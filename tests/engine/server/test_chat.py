@@ -45,6 +45,69 @@ def test_the_template_gets_tools_and_arguments(server: Server):
     assert prompt_of(server) == "<user>hello<assistant>"
 
 
+def test_the_template_gets_documents(server: Server):
+    sea = [{"title": "Sea", "text": "wet"}]
+    chat(server, documents=sea, max_tokens=1)
+    assert prompt_of(server) == "<user>helloSea<assistant>"
+    chat(server, chat_template_kwargs={"documents": sea}, max_tokens=1)
+    assert prompt_of(server) == "<user>helloSea<assistant>"
+    twice = chat(server, documents=sea, chat_template_kwargs={"documents": sea})
+    assert (twice.status_code, twice.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+CALL = '{"name": "weather", "arguments": {"city": "Ulm"}}'
+ANSWER = f"I look. <tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>\x03"  # the last character ends it
+
+
+def saying(text: str) -> FakeCore:
+    core = FakeCore()
+    core.alphabet = core.tokenizer.encode(text)
+    return core
+
+
+def test_tool_calls_are_told_from_text_where_the_server_has_a_parser():
+    with serving(lambda: saying(ANSWER), tool_call_parser="hermes") as server:
+        ask = lambda **fields: server.openai.chat.completions.create(model="fake", messages=HELLO, **fields)
+        (choice,) = ask(tools=[WEATHER], stop=["\x03"]).choices
+        assert (choice.message.content, choice.finish_reason) == ("I look.\x03", "tool_calls")
+        first, second = choice.message.tool_calls
+        assert (first.type, first.function.name, first.function.arguments) == (
+            "function",
+            "weather",
+            '{"city": "Ulm"}',
+        )
+        assert first.id != second.id
+        cut = ask(tools=[WEATHER], max_tokens=len(ANSWER.encode()) - 1).choices[0]
+        assert (cut.message.content, len(cut.message.tool_calls), cut.finish_reason) == ("I look.", 2, "length")
+        assert ask(max_tokens=20).choices[0].message.content == ANSWER[:20]
+        assert ask(tools=[WEATHER], tool_choice="none", max_tokens=20).choices[0].message.tool_calls is None
+
+
+def test_a_stream_tells_each_tool_call_when_it_is_complete():
+    with serving(lambda: saying(ANSWER), tool_call_parser="hermes") as server:
+        stream = server.openai.chat.completions.create(
+            model="fake", messages=HELLO, tools=[WEATHER], stop=["\x03"], stream=True
+        )
+        choices = [chunk.choices[0] for chunk in stream]
+    calls = [call for choice in choices for call in choice.delta.tool_calls or ()]
+    assert "".join(choice.delta.content or "" for choice in choices) == "I look.\x03"
+    assert [(call.index, call.function.name, call.function.arguments) for call in calls] == [
+        (0, "weather", '{"city": "Ulm"}'),
+        (1, "weather", '{"city": "Ulm"}'),
+    ]
+    assert choices[-1].finish_reason == "tool_calls"
+
+
+def test_an_answer_of_calls_alone_has_no_content_and_marks_that_are_special_tokens_are_seen():
+    with serving(lambda: saying(f"[TOOL_CALLS][{CALL}]"), tool_call_parser="mistral") as server:
+        answer = chat(server, tools=[WEATHER], max_tokens=len(f"[TOOL_CALLS][{CALL}]".encode())).json()
+        assert answer["choices"][0]["message"]["content"] is None
+        assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
+        assert server.core.prepared[-1].params.skip_special_tokens is False
+        assert "tool_calls" not in chat(server, max_tokens=5).json()["choices"][0]["message"]
+        assert server.core.prepared[-1].params.skip_special_tokens is True
+
+
 def test_a_conversation_with_tool_calls_can_be_sent_back(server: Server):
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
     empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None}

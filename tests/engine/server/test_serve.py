@@ -46,6 +46,7 @@ def test_every_setting_of_the_server_that_has_a_flag_has_the_flags_default():
         (["--model", "m", "--max-queue", "-1"], "max_queue: must be at least 0, got -1"),
         (["--model", "m", "--api-key", ""], "api_key: a key must not be empty"),
         (["--model", "m", "--block-size", "17"], "block_size"),
+        (["--model", "m", "--tool-call-parser", "x"], "tool_call_parser"),
         (["--model", "m", "stray"], "unexpected argument 'stray'"),
         (["--model", "m", "--no-such-flag"], "no_such_flag"),
     ],

@@ -68,7 +68,7 @@ def save_gguf(path: pathlib.Path, architecture: str, config: dict, tensors: dict
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     names["lm_head.weight"] = "output.weight"
     for pair in TENSORS.values():
-        names |= {pair[HF].format(i): pair[GGUF].format(i) for i in range(config["num_hidden_layers"])}
+        names |= {pair[HF].format(i, 0): pair[GGUF].format(i) for i in range(config["num_hidden_layers"])}
     for name, tensor in tensors.items():
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             tensor = tensor.reshape(-1, 2, H // 2, D).swapaxes(1, 2).reshape(tensor.shape)

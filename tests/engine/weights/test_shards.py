@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from engine.weights.assemble import Part
 from engine.weights.load import load_params, open_checkpoint
+from engine.weights.part import Part
 from engine.weights.place import place
 from tests.engine.weights.test_load import CONFIG, save_folder, weights
 

@@ -1,0 +1,117 @@
+"""A mixture of experts' step, sorted and grouped, beside the dense loop over all experts: times and the same result.
+
+    python scripts/bench_moe.py [--tokens 1,8,64,256,2048] [--experts 64] [--top-k 8] [--hidden N] [--size N] [--sweep]
+
+Times are of routing and experts. "weights" is how fast the chosen experts' weights were read, if each was read once: at
+few tokens that is the limit, at many the products are. --sweep tries other tiles of the GPU's kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from machine import copy_bandwidth, matmul_rate, seconds
+
+from engine.models.config import MoeSpec
+from engine.models.moe import gated, mixture, route
+from engine.models.params import Params
+from kernels.cuda import grouped as cuda
+
+SWEEP = tuple(itertools.product((16, 64, 128), (64, 128), (64, 128), (4, 8), (2, 3, 4)))  # cuda.Tile's fields
+
+
+def dense_loop(x: Array, p: Params, spec: MoeSpec, activation: str) -> Array:
+    """x [T, D] -> [T, D]: every token through every expert, weighted, most of them by zero."""
+    tokens, hidden = x.shape
+    chosen, experts = route(jnp.matmul(x.astype(jnp.float32), p["router"]), spec)
+    weights = jnp.zeros((tokens, spec.num_experts)).at[jnp.arange(tokens)[:, None], experts].set(chosen)
+
+    def one(expert: Array, out: Array) -> Array:
+        y = (x @ p["experts_gate_up"][expert].reshape(hidden, -1)).reshape(tokens, 2, -1)
+        y = gated(y, spec, activation) @ p["experts_down"][expert]
+        return out + weights[:, expert, None].astype(x.dtype) * y
+
+    return jax.lax.fori_loop(0, spec.num_experts, one, jnp.zeros_like(x))
+
+
+def parameters(spec: MoeSpec, hidden: int, dtype: str) -> Params:
+    keys = iter(jax.random.split(jax.random.key(0), 3))
+    draw = lambda shape, fan_in, kind: jax.random.normal(next(keys), shape, kind) * jnp.asarray(fan_in**-0.5, kind)
+    E, F = spec.num_experts, spec.expert_size
+    return {
+        "router": draw((hidden, E), hidden, "float32"),
+        "experts_gate_up": draw((E, hidden, 2, F), hidden, dtype),
+        "experts_down": draw((E, F, hidden), F, dtype),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--tokens", default="1,8,64,256,2048")
+    parser.add_argument("--sweep", action="store_true")
+    options = parser.parse_args()
+    gpu = jax.default_backend() == "gpu"
+    hidden, size = options.hidden or (2048 if gpu else 1024), options.size or (1024 if gpu else 512)
+    dtype = "bfloat16" if gpu else "float32"
+    spec = MoeSpec(options.experts, options.top_k, size, renormalize=True)
+    p = parameters(spec, hidden, dtype)
+    limits = f"; copy {copy_bandwidth() / 1e9:.0f} GB/s, product {matmul_rate() / 1e12:.0f} TFLOP/s" if gpu else ""
+    what = f"{spec.num_experts} experts of {hidden} x {size}, top {spec.top_k}"
+    print(f"{jax.devices()[0].device_kind}, {dtype}: {what}{limits}", flush=True)
+    print(" tokens  ours, ms  dense, ms  faster  weights GB/s  TFLOP/s    error")
+    for tokens in map(int, options.tokens.split(",")):
+        x = jax.random.normal(jax.random.key(tokens), (tokens, hidden), dtype)
+        valid = jnp.ones(tokens, bool)
+        ours: Callable[..., Array] = jax.jit(lambda x, p, valid: mixture(x, p, spec, "silu", valid))
+        dense: Callable[..., Array] = jax.jit(lambda x, p: dense_loop(x, p, spec, "silu"))
+        error = _error(ours(x, p, valid), dense(x, p))
+        time, slow = seconds(ours, x, p, valid), seconds(dense, x, p)
+        _, experts = route(jnp.matmul(x.astype(jnp.float32), p["router"]), spec)
+        read = len(np.unique(np.asarray(experts))) * 3 * hidden * size * jnp.dtype(dtype).itemsize
+        flops = tokens * spec.top_k * 6 * hidden * size
+        print(
+            f"{tokens:7} {time * 1e3:9.3f} {slow * 1e3:10.3f} {slow / time:6.1f}x {read / time / 1e9:13.0f} "
+            f"{flops / time / 1e12:8.2f} {error:8.1e}",
+            flush=True,
+        )
+        if options.sweep and gpu:
+            sweep(x, p, spec)
+
+
+def _error(ours: Array, dense: Array) -> float:
+    """-> the largest difference, as a share of the largest value."""
+    a, b = (np.asarray(y.astype(jnp.float32)) for y in (ours, dense))
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def sweep(x: Array, p: Params, spec: MoeSpec) -> None:
+    """Print the five fastest tiles of each of the two products."""
+    _, experts = route(jnp.matmul(x.astype(jnp.float32), p["router"]), spec)
+    flat = experts.reshape(-1)
+    order, sizes = jnp.argsort(flat), jnp.bincount(flat, length=spec.num_experts).astype(jnp.int32)
+    wide = p["experts_gate_up"].reshape(spec.num_experts, x.shape[1], -1)
+    narrow = jax.random.normal(jax.random.key(1), (flat.shape[0], spec.expert_size), x.dtype)
+    for name, rows, weight in (("gate_up", x[order // spec.top_k], wide), ("down", narrow, p["experts_down"])):
+        times = {}
+        for tile in itertools.starmap(cuda.Tile, SWEEP):
+            try:
+                times[tile] = seconds(jax.jit(partial(cuda.grouped_dot, tile=tile)), rows, weight, sizes)
+            except jax.errors.JaxRuntimeError:  # more shared memory or registers than there are
+                continue
+        for tile in sorted(times, key=lambda tile: times[tile])[:5]:
+            print(f"        {name}: {times[tile] * 1e6:.0f} us with {tuple(tile)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

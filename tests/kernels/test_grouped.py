@@ -1,0 +1,74 @@
+"""Grouped products, each platform's way that runs here, against one product a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import grouped
+from kernels.cuda import grouped as cuda
+
+ROWS, DEPTH, COLUMNS = 100, 72, 40
+WAYS: dict[str, Callable[..., jax.Array]] = {
+    "chosen": lambda x, weight, sizes: grouped.grouped_dot(x, weight, sizes, ROWS),
+    "loop": partial(grouped.looped, block=8),
+    "loop, one row": partial(grouped.looped, block=1),
+    "cuda": partial(cuda.grouped_dot, tile=cuda.Tile(16, 32, 32, 4, 2), interpret=True),
+    "cuda, larger than all": partial(cuda.grouped_dot, tile=cuda.Tile(128, 64, 128, 4, 2), interpret=True),
+}
+SIZES = ((10, 0, 50, 0, 0, 40), (0, 0, 0, 0, 0, 100), (100, 0, 0, 0, 0, 0), (17, 16, 15, 1, 33, 18), (1, 2, 3, 4, 5, 6))
+
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def multiply(way: str, x: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    weight = random(len(sizes), DEPTH, COLUMNS)
+    return np.asarray(jax.jit(WAYS[way])(jnp.asarray(x), jnp.asarray(weight), jnp.asarray(sizes, jnp.int32)))
+
+
+@each_way
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_each_row_meets_its_own_groups_matrix(way, sizes):
+    x, weight = random(ROWS, DEPTH), random(len(sizes), DEPTH, COLUMNS)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    expected = np.einsum("rd,rdf->rf", x[: len(group)].astype(np.float64), weight[group])
+    assert np.abs(multiply(way, x, sizes)[: len(group)] - expected).max() < 1e-4
+
+
+@each_way
+def test_rows_of_no_group_may_hold_anything_and_no_rows_at_all_are_fine(way):
+    x = random(ROWS, DEPTH)
+    with_nan = np.where(np.arange(ROWS)[:, None] < 21, x, np.nan)
+    np.testing.assert_array_equal(multiply(way, with_nan, SIZES[-1])[:21], multiply(way, x, SIZES[-1])[:21])
+    assert multiply(way, with_nan, (0,) * 6).shape == (ROWS, COLUMNS)
+
+
+@each_way
+def test_a_row_gives_the_same_whoever_is_beside_it(way):
+    x = random(ROWS, DEPTH)
+    alone = multiply(way, x, (0, 0, 1, 0, 0, 0))[0]
+    for before, beside in ((0, 50), (10, 1), (37, 60)):
+        other = random(ROWS, DEPTH)[::-1].copy()
+        other[before] = x[0]
+        np.testing.assert_array_equal(multiply(way, other, (before, 0, beside, 0, 0, 3))[before], alone)
+
+
+@pytest.mark.parametrize("tile", [cuda.choose_tile(8 * tokens, 64, jnp.dtype("bfloat16")) for tokens in (1, 256, 4096)])
+def test_the_kernel_lowers_for_a_gpu(tile):
+    shapes = (512, 96), (64, 96, 160)
+    x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    traced = jax.jit(partial(cuda.grouped_dot, tile=tile)).trace(x, weight, jax.ShapeDtypeStruct((64,), jnp.int32))
+    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_blocks_are_no_larger_than_a_group_can_be():
+    assert [grouped.block_rows(8 * tokens, 64, tokens) for tokens in (1, 2, 8, 64, 256, 4096)] == [1, 2, 8, 8, 32, 32]

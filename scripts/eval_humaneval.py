@@ -3,10 +3,11 @@
     python scripts/eval_humaneval.py [--run-code]
 
 Prompts are plain text; all 164 are generated together. Each completion is held against
-tests/data/humaneval_goldens.json (scripts/make_humaneval_goldens.py makes it): it must be the same token for token, or
-part from it where transformers' own choice was closer than 1e-3 between two logits. With --run-code the completions are
-also run against the problems' tests, for pass@1 (Chen et al. 2021). That executes code which a model wrote: in processes
-of their own with limits on time, memory, files and processes, but on this machine and as this user.
+tests/data/humaneval_goldens.json (scripts/make_humaneval_goldens.py makes it): it must be the same token for token,
+or part from it where transformers' own choice was closer than 1e-3 between two logits. With --run-code the
+completions are also run against the problems' tests, for pass@1 (Chen et al. 2021). That executes code which a model
+wrote: in processes of their own with limits on time, memory, files and processes, but on this machine and as this
+user.
 """
 
 from __future__ import annotations

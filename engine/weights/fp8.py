@@ -16,6 +16,7 @@ from engine.weights.stored import StoredTensor, read_all
 
 SQUARE = 128
 SUFFIX = "_scale_inv"
+VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)  # of a byte
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ScaledTensor:
         self.weight.read(start, stored)
         rows = np.zeros((last + 1 - first, width), np.float32)  # whole ones, whose ends may be left out
         run = slice(start - first * width, start - first * width + out.size)
-        rows.reshape(-1)[run] = stored[0]
+        rows.reshape(-1)[run] = np.take(VALUES, stored.view(np.uint8)[0], mode="clip")  # which checks no index
         for square in range(first // SQUARE, last // SQUARE + 1):
             low, high = max(square * SQUARE - first, 0), (square + 1) * SQUARE - first
             rows[low:high] *= np.repeat(self.scales[square], SQUARE)[:width]

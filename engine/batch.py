@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.request import Request
-from engine.sampler import is_plain, request_flags
 from engine.scheduler import StepPlan
+from engine.slots import is_plain, request_flags
 
 # A request's constants, by slot: int32, floats as their bits.
 SLOT_FIELDS = (
@@ -29,7 +29,7 @@ TABLE_ROWS = 8  # rows of page tables in one launch of their own; more take seve
 class StepShape(NamedTuple):
     """Rows and tokens (S and T of a RaggedBatch) that one executable is made for.
 
-    `plain`: no row asks for more of the sampler than a temperature (`sampler.is_plain`), and the rest is left out.
+    `plain`: no row asks for more of the sampler than a temperature (`slots.is_plain`), and the rest is left out.
     """
 
     rows: int

@@ -29,8 +29,8 @@ from engine.request import (
     Update,
 )
 from engine.runner import Launched, Runner
-from engine.sampler import check_request
 from engine.scheduler import Row, Scheduler
+from engine.slots import check_request
 from engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]

@@ -25,8 +25,8 @@ from engine.models.config import ModelConfig
 from engine.models.params import Params, num_bytes
 from engine.models.transformer import attention_spec
 from engine.request import Request
-from engine.sampler import empty_tables, needs_slot_row, slot_row
 from engine.scheduler import StepPlan
+from engine.slots import empty_tables, needs_slot_row, slot_row
 from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
 from kernels.attention import choose_backend, copy_pages
 

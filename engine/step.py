@@ -99,7 +99,7 @@ def write_page_table(page_table: Array, slots: Array, rows: Array) -> Array:
 
 
 def write_slot(tables: SlotTables, slot: Array, row: SlotTables) -> SlotTables:
-    """-> the tables with one slot's part replaced; `row` is sampler.slot_row's."""
+    """-> the tables with one slot's part replaced; `row` is slots.slot_row's."""
     return jax.tree.map(lambda table, value: table.at[slot].set(value), tables, row)
 
 

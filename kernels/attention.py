@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -92,7 +93,16 @@ class Backend(NamedTuple):
     attend_product: Callable[..., tuple[Array, Any]] | None = None
 
 
-BACKENDS = {
+_hopper = {"hopper_prefill": True}
+BACKENDS = {  # in the order in which "auto" tries them
+    "hopper": Backend(
+        "hopper",
+        ("gpu",),
+        triton.supports_hopper,
+        triton.cache_spec,
+        partial(triton.update_and_attend, **_hopper),
+        partial(triton.attend_product, **_hopper),
+    ),
     "triton": Backend(
         "triton", ("gpu",), triton.supports, triton.cache_spec, triton.update_and_attend, triton.attend_product
     ),

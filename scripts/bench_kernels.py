@@ -1,6 +1,6 @@
 """Paged attention on the GPU: decode as a share of the copy bandwidth, prefill in TFLOP/s next to cuDNN's.
 
-    python scripts/bench_kernels.py [--backend triton] [--out kernels.json] [--sweep]
+    python scripts/bench_kernels.py [--backend auto] [--out kernels.json] [--sweep]
 
 Each figure is of the whole update_and_attend, the write of new keys and values included. --sweep tries other tiles.
 """
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from machine import copy_bandwidth, matmul_rate, seconds
 
-from kernels.attention import BACKENDS, AttentionSpec, Backend, RaggedBatch
+from kernels.attention import AttentionSpec, Backend, RaggedBatch, choose_backend
 from kernels.cuda.tile import Tiles
 
 SPEC = AttentionSpec(num_kv_heads=8, group=4, head_dim=128, scale=128**-0.5)
@@ -81,14 +81,15 @@ def with_tiles(backend: Backend, decode: Tiles | None, prefill: Tiles | None) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
-    backend = BACKENDS[options.backend]
+    backend = choose_backend(options.backend, jax.devices()[0].platform, {SPEC}, 16, "bfloat16")
     limit, rate = copy_bandwidth(), matmul_rate()
     results: list[dict[str, Any]] = []
     device = jax.devices()[0].device_kind
+    print(f"attention: {backend.name}")
     print(f"{device}: copy {limit / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s", flush=True)
 
     def record(**figures: Any) -> None:

@@ -25,6 +25,7 @@ LAYERS = """
     pooling runner
     batch memory speculate step weights
     scheduler
+    slots
     models sampler
     config
     pages

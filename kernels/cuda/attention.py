@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.cuda import hopper
 from kernels.cuda.decode import decode, num_splits
 from kernels.cuda.prefill import prefill
 from kernels.cuda.prepare import prepare
@@ -35,6 +36,11 @@ def supports(spec: AttentionSpec, page_size: int, kv_dtype: str) -> str | None:
     if not 16 <= spec.head_dim <= LARGEST_HEAD:
         return f"no heads of {spec.head_dim}: 16 to {LARGEST_HEAD} only"
     return None
+
+
+def supports_hopper(spec: AttentionSpec, page_size: int, kv_dtype: str) -> str | None:
+    """As `supports`, for attention whose prefill kernel is Hopper's own; everything else is shared."""
+    return supports(spec, page_size, kv_dtype) or hopper.supports(spec, page_size, kv_dtype)
 
 
 def cache_spec(spec: AttentionSpec, num_pages: int, page_size: int, kv_dtype: str) -> jax.ShapeDtypeStruct:
@@ -85,20 +91,25 @@ def attend(
     interpret: bool = False,
     multiprocessors: int | None = None,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
+    hopper_prefill: bool = False,
 ) -> Array:
     """q [T, K, G, D], and a cache that holds the step's keys and values -> [T, K, G, D].
 
-    `multiprocessors`: if not this GPU's; `tiles`: decode's and prefill's.
+    `multiprocessors`: if not this GPU's; `tiles`: decode's and prefill's. `hopper_prefill`: where supports_hopper; it
+    takes queries of the cache's dtype and no kv_scales, the general kernel takes the others.
     """
     tokens, rows, page_size = q.shape[0], batch.page_table.shape[0], cache.shape[3]
     flat = cache.reshape(-1, spec.head_dim)
     options: dict[str, Any] = {
         "page_size": page_size, "interpret": interpret, "sinks": sinks, "kv_scales": kv_scales,
     }  # fmt: skip
+    processors: int = multiprocessors or jax.devices("gpu")[0].core_count  # type: ignore[assignment]
     out = None
     if tokens > rows:  # else every row has one token at most
-        out = prefill(q, flat, batch, spec, tiles=tiles[1] or prefill_tiles(spec, q.dtype), **options)
-    processors: int = multiprocessors or jax.devices("gpu")[0].core_count  # type: ignore[assignment]
+        if hopper_prefill and q.dtype == cache.dtype and kv_scales is None:
+            out = hopper.prefill(q, cache, batch, spec, sinks=sinks, multiprocessors=processors, interpret=interpret)
+        else:
+            out = prefill(q, flat, batch, spec, tiles=tiles[1] or prefill_tiles(spec, q.dtype), **options)
     splits = num_splits(rows, spec.num_kv_heads, batch.page_table.shape[1] * page_size, processors)
     return decode(q, out, flat, batch, spec, tiles=tiles[0] or decode_tiles(spec, q.dtype), splits=splits, **options)
 

@@ -22,6 +22,7 @@ from engine.request import (
     SamplingParams,
 )
 from engine.sampler import SampleOutput, SamplingInput, SlotTables
+from engine.slots import check_request, empty_tables, is_plain, needs_slot_row, request_flags, slot_row
 
 VOCAB, MAX_LEN, NUM_LOGPROBS = 97, 1100, 5
 ROWS = 32  # most tests share this size, and with it one executable
@@ -44,12 +45,12 @@ def make_request(tokens, prompt_len, *, seed=0, eos=(), bad_words=(), **params) 
 def make_batch(requests, vocab_size=VOCAB, max_len=MAX_LEN) -> tuple[SamplingInput, SlotTables]:
     """-> the device's view: row i samples the next token of request i, whose slot is another."""
     slots = np.random.default_rng(1).permutation(len(requests)).astype(np.int32)
-    tables = jax.tree.map(np.array, sampler.empty_tables(len(requests), max_len, vocab_size))
+    tables = jax.tree.map(np.array, empty_tables(len(requests), max_len, vocab_size))
     for request, slot in zip(requests, slots, strict=True):
-        if sampler.needs_slot_row(request):
+        if needs_slot_row(request):
             for table, value in zip(
                 jax.tree.leaves(tables),
-                jax.tree.leaves(sampler.slot_row(request, max_len, vocab_size)),
+                jax.tree.leaves(slot_row(request, max_len, vocab_size)),
                 strict=True,
             ):
                 table[slot] = value
@@ -67,7 +68,7 @@ def make_batch(requests, vocab_size=VOCAB, max_len=MAX_LEN) -> tuple[SamplingInp
         position=np.array([len(r.token_ids) for r in requests], np.int32),
         prompt_len=np.array([r.num_prompt_tokens for r in requests], np.int32),
         slot=slots,
-        flags=np.array([sampler.request_flags(r) for r in requests], np.int32),
+        flags=np.array([request_flags(r) for r in requests], np.int32),
     )
     return jax.tree.map(jnp.asarray, inp), jax.tree.map(jnp.asarray, tables)
 
@@ -485,7 +486,7 @@ def test_noise_is_standard_gumbel_without_correlation_between_neighbours():
 def test_plain_rows_get_the_same_tokens_from_a_plain_step():
     rng = np.random.default_rng(3)
     rows = [make_request([1, 2, 3], 2, seed=i, temperature=[0.0, 0.7, 1.5][i % 3]) for i in range(ROWS)]
-    assert all(sampler.is_plain(row) for row in rows)
+    assert all(is_plain(row) for row in rows)
     logits = rng.normal(size=(ROWS, VOCAB)).astype(np.float32)
     logits[5, 7] = np.nan
     logits[6] = 0.0
@@ -500,7 +501,7 @@ def test_plain_rows_get_the_same_tokens_from_a_plain_step():
              {"presence_penalty": 0.5}, {"logit_bias": {1: 1.0}}],
 )  # fmt: skip
 def test_a_request_that_asks_for_more_than_a_temperature_is_not_plain(wish):
-    assert not sampler.is_plain(make_request([1, 2, 3], 2, eos=(5,), temperature=0.5, **wish))
+    assert not is_plain(make_request([1, 2, 3], 2, eos=(5,), temperature=0.5, **wish))
 
 
 def test_what_no_row_asks_for_is_behind_a_condition():
@@ -577,7 +578,7 @@ def test_prompt_logprobs_never_hold_the_logits_of_all_rows():
     ids=str,
 )
 def test_only_requests_with_rare_wishes_need_a_slot_row(wish, needed):
-    assert sampler.needs_slot_row(make_request([1, 2], 2, **wish)) is needed
+    assert needs_slot_row(make_request([1, 2], 2, **wish)) is needed
 
 
 @pytest.mark.parametrize(
@@ -597,7 +598,7 @@ def test_only_requests_with_rare_wishes_need_a_slot_row(wish, needed):
 )
 def test_a_wish_that_cannot_be_met_is_refused_by_name(wish, field, said):
     request = make_request([1], 1, **wish)
-    for refuse in (lambda: sampler.check_request(request, VOCAB), lambda: sampler.slot_row(request, MAX_LEN, VOCAB)):
+    for refuse in (lambda: check_request(request, VOCAB), lambda: slot_row(request, MAX_LEN, VOCAB)):
         with pytest.raises(RequestError, match=said) as error:
             refuse()
         assert error.value.field == field
@@ -612,6 +613,6 @@ def test_too_many_logit_edits_are_refused_with_the_limit(field):
         "min_tokens": {"stop_token_ids": list(many), "min_tokens": 1, "eos": (4000,)},
     }[field]
     with pytest.raises(RequestError, match=f"1025 .* MAX_LOGIT_EDITS = {MAX_LOGIT_EDITS}") as error:
-        sampler.check_request(make_request([1], 1, **wish), 5000)
+        check_request(make_request([1], 1, **wish), 5000)
     assert error.value.field == field
-    sampler.check_request(make_request([1], 1, **(wish | {"eos": (3,), "min_tokens": 0})), 5000)
+    check_request(make_request([1], 1, **(wish | {"eos": (3,), "min_tokens": 0})), 5000)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 5632, 32, 4, 64, 32000  # TinyLlama's
 ITEM = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 SHARD_BYTES = 1 << 30
-RUNS = 3
+RUNS = 5
 
 
 def make_folder(folder: Path, dtype: str, nbytes: int) -> int:
@@ -84,21 +85,30 @@ def make_folder(folder: Path, dtype: str, nbytes: int) -> int:
     return sum(int(np.prod(shape)) for shape in shapes.values()) * item
 
 
-def cat(files: list[Path]) -> float:
-    """-> seconds that `cat FILES > /dev/null` takes."""
-    started = time.perf_counter()
+class Took(NamedTuple):
+    """Seconds of the clock, and of processors: the latter hardly change when others use the machine too."""
+
+    wall: float
+    cpu: float
+
+
+def cat(files: list[Path]) -> Took:
+    """-> what `cat FILES > /dev/null` takes."""
+    started, before = time.perf_counter(), os.times()
     subprocess.run(["cat", *map(str, files)], stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - started
+    wall, after = time.perf_counter() - started, os.times()
+    return Took(wall, after.children_user + after.children_system - before.children_user - before.children_system)
 
 
-def read_into_memory(files: list[Path]) -> float:
-    """-> seconds to read the files into new memory, whole and one after another, in a fresh process."""
+def read_into_memory(files: list[Path]) -> Took:
+    """-> what reading the files into new memory takes, whole and one after another, in a fresh process."""
     code = (
-        "import numpy as np, sys, time; started = time.perf_counter(); "
-        "kept = [np.fromfile(file, np.uint8) for file in sys.argv[1:]]; print(time.perf_counter() - started)"
+        "import numpy as np, sys, time; started, before = time.perf_counter(), time.process_time(); "
+        "kept = [np.fromfile(file, np.uint8) for file in sys.argv[1:]]; "
+        "print(time.perf_counter() - started, time.process_time() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, check=True)
-    return float(done.stdout)
+    return Took(*map(float, done.stdout.split()))
 
 
 def load(folder: Path, dtype: str) -> None:
@@ -110,12 +120,12 @@ def load(folder: Path, dtype: str) -> None:
 
     jax.block_until_ready(jax.device_put(np.zeros(1)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     checkpoint = open_checkpoint(folder)
     params = jax.block_until_ready(load_params(checkpoint, dtype))
-    seconds = time.perf_counter() - started
+    took = time.perf_counter() - started, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "params": num_bytes(params), "before": before, "peak": peak}))
+    print(json.dumps({"took": took, "params": num_bytes(params), "before": before, "peak": peak}))
 
 
 def forget(files: list[Path]) -> None:
@@ -130,24 +140,28 @@ def measure(folder: Path, dtype: str, nbytes: int, cold: bool) -> None:
     files = sorted(folder.glob("*.safetensors"))
     command = [sys.executable, __file__, "--load", str(folder), "--dtypes", dtype]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    runs: dict[str, list[float]] = {"cat": [], "read into memory": [], "load": []}
+    runs: dict[str, list[Took]] = {"cat": [], "read into memory": [], "load": []}
     loaded = {}
     for _ in range(RUNS):
-        for name, seconds in runs.items():
+        for name, taken in runs.items():
             if cold:
                 forget(files)
             else:
                 cat(files)  # all of it is in the page cache
             if name == "load":
                 loaded = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
-                seconds.append(loaded["seconds"])
+                taken.append(Took(*loaded["took"]))
             else:
-                seconds.append({"cat": cat, "read into memory": read_into_memory}[name](files))
+                taken.append({"cat": cat, "read into memory": read_into_memory}[name](files))
     print(f"{dtype}, {nbytes / 1e9:.2f} GB in {len(files)} files, {'from disk' if cold else 'from the page cache'}:")
-    for name, seconds in runs.items():
-        best, middle = nbytes / min(seconds) / 1e9, nbytes / statistics.median(seconds) / 1e9
-        share = [f"{min(runs[other]) / min(seconds):.0%} of {other}" for other in runs if name == "load" != other]
-        print(f"  {name:17} {best:6.2f} GB/s at best, {middle:6.2f} in the middle of {RUNS}  {', '.join(share)}")
+    best = {name: Took(*map(min, zip(*taken, strict=True))) for name, taken in runs.items()}
+    for name, took in best.items():
+        shares = [f"{best[other].wall / took.wall:.0%} of {other}" for other in best if name == "load" != other]
+        middle = statistics.median(run.wall for run in runs[name])
+        print(
+            f"  {name:17} best of {RUNS}: {nbytes / took.wall / 1e9:6.2f} GB/s (median {nbytes / middle / 1e9:.2f}), "
+            f"{nbytes / took.cpu / 1e9:6.2f} GB a processor's second   {', '.join(shares)}"
+        )
     above = loaded["peak"] - loaded["before"] - loaded["params"]
     print(
         f"  peak memory {loaded['peak'] / 1e9:.2f} GB: parameters {loaded['params'] / 1e9:.2f}, Python and JAX "

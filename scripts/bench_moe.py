@@ -1,17 +1,21 @@
 """A mixture of experts' step, sorted and grouped, beside the dense loop over all experts: times and the same result.
 
-    python scripts/bench_moe.py [--tokens 1,8,64,256,2048] [--experts 64] [--top-k 8] [--hidden N] [--size N] [--sweep]
+    python scripts/bench_moe.py [--tokens 1,8,64,256,2048] [--experts 64] [--top-k 8] [--out FILE] [--ragged] [--sweep]
 
 Times are of routing and experts. "weights" is how fast the chosen experts' weights were read, if each was read once: at
-few tokens that is the limit, at many the products are. --sweep tries other tiles of the GPU's kernel.
+few tokens that is the limit, at many the products are. --ragged also times the same with jax.lax.ragged_dot, --sweep
+other tiles of the GPU's kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,7 @@ import numpy as np
 from jax import Array
 from machine import copy_bandwidth, matmul_rate, seconds
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine.models.config import MoeSpec
 from engine.models.moe import gated, mixture, route
 from engine.models.params import Params
@@ -41,6 +46,19 @@ def dense_loop(x: Array, p: Params, spec: MoeSpec, activation: str) -> Array:
     return jax.lax.fori_loop(0, spec.num_experts, one, jnp.zeros_like(x))
 
 
+def ragged(x: Array, p: Params, spec: MoeSpec, activation: str) -> Array:
+    """x [T, D] -> [T, D]: sorted by expert as ours, multiplied by what XLA makes of ragged_dot."""
+    tokens, hidden = x.shape
+    weights, experts = route(jnp.matmul(x.astype(jnp.float32), p["router"]), spec)
+    order = jnp.argsort(experts.reshape(-1))
+    sizes = jnp.bincount(experts.reshape(-1), length=spec.num_experts).astype(jnp.int32)
+    gate_up = p["experts_gate_up"].reshape(spec.num_experts, hidden, -1)
+    y = jax.lax.ragged_dot(x[order // spec.top_k], gate_up, sizes)
+    y = gated(y.reshape(tokens * spec.top_k, 2, -1), spec, activation)
+    y = jax.lax.ragged_dot(y, p["experts_down"], sizes)[jnp.argsort(order)].reshape(tokens, spec.top_k, hidden)
+    return (weights[..., None].astype(x.dtype) * y).sum(axis=1)
+
+
 def parameters(spec: MoeSpec, hidden: int, dtype: str) -> Params:
     keys = iter(jax.random.split(jax.random.key(0), 3))
     draw = lambda shape, fan_in, kind: jax.random.normal(next(keys), shape, kind) * jnp.asarray(fan_in**-0.5, kind)
@@ -59,6 +77,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--size", type=int)
     parser.add_argument("--tokens", default="1,8,64,256,2048")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
     gpu = jax.default_backend() == "gpu"
@@ -70,6 +90,7 @@ def main() -> None:
     what = f"{spec.num_experts} experts of {hidden} x {size}, top {spec.top_k}"
     print(f"{jax.devices()[0].device_kind}, {dtype}: {what}{limits}", flush=True)
     print(" tokens  ours, ms  dense, ms  faster  weights GB/s  TFLOP/s    error")
+    results: list[dict[str, float]] = []
     for tokens in map(int, options.tokens.split(",")):
         x = jax.random.normal(jax.random.key(tokens), (tokens, hidden), dtype)
         valid = jnp.ones(tokens, bool)
@@ -80,11 +101,19 @@ def main() -> None:
         _, experts = route(jnp.matmul(x.astype(jnp.float32), p["router"]), spec)
         read = len(np.unique(np.asarray(experts))) * 3 * hidden * size * jnp.dtype(dtype).itemsize
         flops = tokens * spec.top_k * 6 * hidden * size
-        print(
-            f"{tokens:7} {time * 1e3:9.3f} {slow * 1e3:10.3f} {slow / time:6.1f}x {read / time / 1e9:13.0f} "
-            f"{flops / time / 1e12:8.2f} {error:8.1e}",
-            flush=True,
-        )
+        figures = dict(
+            tokens=tokens, ms=time * 1e3, dense_ms=slow * 1e3, faster=slow / time, weights_GB_per_s=read / time / 1e9,
+            TFLOP_per_s=flops / time / 1e12, relative_error=error,
+        )  # fmt: skip
+        results.append(figures)
+        formats = ("7", "9.3f", "10.3f", "7.1f", "13.0f", "8.2f", "8.1e")
+        print(*(f"{value:{form}}" for value, form in zip(figures.values(), formats, strict=True)), flush=True)
+        if options.out:
+            machine = {"device": jax.devices()[0].device_kind, "dtype": dtype, "what": what}
+            options.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+        if options.ragged:
+            plain: Callable[..., Array] = jax.jit(lambda x, p: ragged(x, p, spec, "silu"))
+            print(f"        with jax.lax.ragged_dot: {seconds(plain, x, p, repeat=1) * 1e3:.3f} ms", flush=True)
         if options.sweep and gpu:
             sweep(x, p, spec)
 

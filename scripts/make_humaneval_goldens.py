@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from humaneval import GOLDENS, MAX_TOKENS, STOP, problems
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 8
@@ -65,6 +66,10 @@ def main() -> None:
     args = parser.parse_args()
     where = {"pretrained_model_name_or_path": str(args.gguf.parent), "gguf_file": args.gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
+    # From a GGUF file transformers takes GPT-2's rules for every model; SmolLM2's own tokenizer.json has these.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
 
     texts = [problem["prompt"] for problem in problems()]
@@ -73,7 +78,8 @@ def main() -> None:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
-        cases |= zip(chosen, complete(model, tokenizer, [prompts[i] for i in chosen]), strict=True)
+        completions = complete(model, tokenizer, [prompts[i] for i in chosen])
+        cases |= {i: {"prompt_tokens": len(prompts[i])} | case for i, case in zip(chosen, completions, strict=True)}
         print(f"{len(cases)} of {len(prompts)}", flush=True)
 
     header = {

@@ -109,7 +109,7 @@ LENGTHS, OUTPUT_LEN = (70, 45, 33), 32
 SHORT = {"phi3": dict(max_model_len=24, lengths=(13, 9, 4), output_len=8)}
 # Options of scaled ropes that no tiny model has.
 ROPES = [
-    YARN_ROPE | dict(truncate=False),
+    YARN_ROPE | dict(truncate=False, original_max_position_embeddings=4096),
     YARN_ROPE | dict(attention_factor=1.25),
     YARN_ROPE | dict(mscale=0.7, mscale_all_dim=1.3),
     YARN_ROPE | dict(factor=None, beta_fast=None),

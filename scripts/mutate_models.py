@@ -46,7 +46,7 @@ MUTATIONS = (
     Mutation("rope: on a part of a head", ROPE, "turned, x[..., 2", "turned, 0 * x[..., 2", "phi3"),
     Mutation("rope scaling: linear", ROPE, "spec.dim) / spec.factor", "spec.dim)", "biased"),
     Mutation("rope scaling: llama3", ROPE, '"llama3": _llama3', '"llama3": _default', "llama3"),
-    Mutation("rope scaling: llama3's transition", ROPE, "keep = np.clip(", "keep = np.round(", "llama3"),
+    Mutation("rope scaling: llama3, between", ROPE, "keep * plain", "(keep > 0) * plain", "llama3", "test_rope.py"),
     Mutation("rope scaling: yarn", ROPE, '"yarn": _yarn', '"yarn": _linear', "qwen3"),
     Mutation("rope scaling: yarn's truncation", ROPE, "if spec.truncate:", "if True:", "yarn", "test_rope.py"),
     Mutation("rope scaling: yarn's mscale", READ, "scale and all_dim", "False", "yarn", "test_rope.py"),
@@ -145,7 +145,7 @@ def failing_test(copy: Path, tests: str, model: str) -> str:
     error = re.search(r"^E +(\w+)", run.stdout, re.MULTILINE)
     if test is None or error is None:
         raise ValueError(f"no test ran: {' '.join(command)}\n{run.stdout}{run.stderr}")
-    return f"{test[1]} {test[2]}: {error[1]}"
+    return f"{test[1]} {test[2]}: {error[1].replace('assert', 'AssertionError')}"
 
 
 if __name__ == "__main__":

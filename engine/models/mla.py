@@ -21,13 +21,9 @@ def queries_and_key(
 ) -> tuple[Array, Array]:
     """x [T, D] -> queries [T, 1, heads, rank + rope_dim] and key [T, 1, rank + rope_dim].
 
-    p: a layer's parameters as `params.param_specs` declares them; rope: `layers.rope_tables` of rope_dim.
+    p: a layer's parameters as `params.param_specs` declares them; rope: `rope.rope_tables` of rope_dim dimensions.
     """
-    if spec.q_rank is not None:
-        x_q = rms_norm(x @ p["q_a"], p["q_a_norm"], eps)
-        q = project(x_q, p["q_b"])
-    else:
-        q = project(x, p["q"])
+    q = project(x, p["q"]) if spec.q_rank is None else project(rms_norm(x @ p["q_a"], p["q_a_norm"], eps), p["q_b"])
     q_nope, q_rope = q[..., : spec.nope_dim], apply_rope(q[..., spec.nope_dim :], rope)
     q_latent = jnp.einsum("thn,hnr->thr", q_nope, p["k_b"])
     kv = x @ p["kv_a"]

@@ -71,8 +71,9 @@ def expert_products(x: Array, weights: Array, experts: Array, p: Params, spec: M
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     expert_of = flat[order]
-    sizes = jnp.bincount(flat, length=spec.num_experts).astype(jnp.int32)  # what belongs to none is not counted
     E, D, _, F = p["experts_gate_up"].shape
+    ends = jnp.searchsorted(expert_of, jnp.arange(E), side="right", method="scan_unrolled")  # a scatter-add is slower
+    sizes = jnp.diff(ends, prepend=0)
     y = grouped_dot(x[order // top_k], p["experts_gate_up"].reshape(E, D, 2 * F), sizes, tokens)
     y = y.reshape(-1, 2, F)
     if spec.expert_bias:
@@ -80,7 +81,7 @@ def expert_products(x: Array, weights: Array, experts: Array, p: Params, spec: M
     y = grouped_dot(gated(y, spec, activation), p["experts_down"], sizes, tokens)
     if spec.expert_bias:
         y = y + p["experts_down_bias"].at[expert_of].get(mode="clip")
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]))
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True)
     y = weights[..., None].astype(x.dtype) * y[place].reshape(tokens, top_k, D)
     return jnp.where(experts[..., None] < spec.num_experts, y, 0).sum(axis=1)
 

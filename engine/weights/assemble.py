@@ -11,7 +11,7 @@ from engine.models.config import ModelConfig
 from engine.models.families import Family
 from engine.models.params import ParamSpec, map_specs, param_specs
 from engine.weights.mixture_layouts import MIXTURE_LAYOUTS
-from engine.weights.names import GGUF, HF, is_neutral, tensor_name
+from engine.weights.names import GGUF, HF, is_neutral, predictor_layers, tensor_name
 from engine.weights.part import Part
 
 Path = tuple[Any, ...]  # of a parameter, e.g. ("layers", 3, "qkv")
@@ -42,7 +42,8 @@ def check_tensors(
     """
     wanted = {part.tensor: part.shape for recipe in recipes for part in recipe.parts}
     missing = sorted(set(wanted) - set(shapes))
-    surplus = sorted(name for name in set(shapes) - set(wanted) if not is_neutral(name, config.tie_embeddings))
+    predictors = predictor_layers(shapes, len(config.layers))
+    surplus = sorted(n for n in set(shapes) - set(wanted) if not is_neutral(n, config.tie_embeddings, predictors))
     for what, names in (("missing", missing), ("not part of the model", surplus)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""

@@ -18,6 +18,7 @@ from engine.models.families import Family
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
+from engine.weights.fp8 import with_scales
 from engine.weights.gguf import open_gguf
 from engine.weights.mxfp4 import MicroscaledTensor, with_dequantized
 from engine.weights.names import GGUF, HF
@@ -59,6 +60,7 @@ def open_checkpoint(path: Path) -> Checkpoint | OrbaxCheckpoint:
     family, config = _read_config(path)
     files = open_safetensors(path)
     tensors = with_dequantized(str(path), {name: files.stored(name) for name in files.tensors})
+    tensors = with_scales(str(path), tensors)
     if any(isinstance(tensor, MicroscaledTensor) for tensor in tensors.values()):
         family = replace(family, packed_experts=True)
     return Checkpoint(str(path), config, family, HF, tensors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -16,23 +17,30 @@ from engine.weights.gguf_blocks import DOUBLED_E2M1, half_scales
 from engine.weights.stored import StoredTensor
 
 BLOCK = 32  # elements of a block, in 16 bytes
-# The two elements of a byte, low bits first, next to each other as 64 bits.
-_PAIRS = np.stack([DOUBLED_E2M1[np.arange(256) & 15], DOUBLED_E2M1[np.arange(256) >> 4]], axis=1).view(np.uint64)[:, 0]
+
+
+@cache
+def _pairs() -> np.ndarray:
+    """-> the two bfloat16 that a byte stands for, low bits first, by scale * 256 + byte. uint32 [65536]"""
+    byte = np.arange(256)
+    doubled = np.stack([DOUBLED_E2M1[byte & 15], DOUBLED_E2M1[byte >> 4]], axis=1)
+    with np.errstate(over="ignore"):  # the largest scale makes infinities
+        values = doubled * half_scales(byte.astype(np.uint8))[:, None, None]
+    return values.astype(ml_dtypes.bfloat16).view(np.uint32).reshape(-1)
 
 
 def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """blocks uint8 [..., 16] of neighbours in pairs, scales uint8 [...] -> float32 [..., 32]."""
-    values = _PAIRS[blocks].view(np.float32)
-    values *= half_scales(scales)[..., None]
-    return values
+    """blocks uint8 [..., 16] of neighbours in pairs, scales uint8 [...] -> bfloat16 [..., 32], which is exact:
+
+    the values have two significant bits, and float32's exponents.
+    """
+    entries = scales.astype(np.uint16)[..., None] << 8 | blocks
+    return np.take(_pairs(), entries, mode="clip").view(ml_dtypes.bfloat16)  # "clip" checks no index
 
 
 @dataclass(frozen=True)
 class MicroscaledTensor:
-    """A StoredTensor of blocks uint8 [..., n, 16] and scales uint8 [..., n]: [..., 32 n] in bfloat16.
-
-    bfloat16 holds all of their values exactly: they have two significant bits, and float32's exponents.
-    """
+    """A StoredTensor of blocks uint8 [..., n, 16] and scales uint8 [..., n]: [..., 32 n] in bfloat16."""
 
     blocks: StoredTensor
     scales: StoredTensor

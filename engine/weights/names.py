@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from engine.models.families import GGUF_ROPE_TENSORS, Family
@@ -68,6 +70,14 @@ def tensor_name(family: Family, style: int, path: tuple[Any, ...], part: str) ->
     return name.format(path[1], expert) if path[0] == "layers" else name
 
 
-def is_neutral(name: str, tied: bool) -> bool:
-    """-> whether a tensor may be there without being used: rope's, which the config has, or a tied head's copy."""
-    return name.endswith("rotary_emb.inv_freq") or name in GGUF_ROPE_TENSORS or (tied and name == "lm_head.weight")
+def predictor_layers(names: Iterable[str], count: int) -> tuple[str, ...]:
+    """-> what the names of layers begin with that predict further tokens (DeepSeek-V3, section 2.2), behind `count`."""
+    found = {match[0] for name in names if (match := re.match(r"model\.layers\.(\d+)\.(?=eh_proj\.)", name))}
+    return tuple(prefix for prefix in found if int(prefix.split(".")[2]) >= count)
+
+
+def is_neutral(name: str, tied: bool, predictors: tuple[str, ...]) -> bool:
+    """-> whether a tensor may be there without being used: rope's, which the config has, a tied head's copy, or one of
+    the layers that predict further tokens."""
+    rope = name.endswith("rotary_emb.inv_freq") or name in GGUF_ROPE_TENSORS
+    return rope or (tied and name == "lm_head.weight") or name.startswith(predictors)

@@ -10,6 +10,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.cuda.tile import Tiles, launch
+
 
 class Tile(NamedTuple):
     """A program's shape: rows, columns, depth of one turn, warps, stages of its pipeline. Powers of two but stages."""
@@ -82,13 +84,10 @@ def grouped_dot(x: Array, weight: Array, sizes: Array, *, tile: Tile | None = No
         view = _elements(out, jnp.where(used, row, rows), at_columns)
         plgpu.store(view, total.astype(out.dtype), mask=used[:, None] & inside[None, :])
 
-    return pl.pallas_call(
-        kernel,
-        jax.ShapeDtypeStruct((rows, columns), x.dtype),
-        grid=grid,
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        interpret=interpret,
-    )(blocks, x, weight.reshape(groups * depth, columns))
+    shape = jax.ShapeDtypeStruct((rows, columns), x.dtype)
+    inputs = [blocks, x, weight.reshape(groups * depth, columns)]
+    tiles = Tiles(tile.rows, tile.depth, tile.warps, tile.stages)
+    return launch(kernel, inputs, shape, grid=grid, tiles=tiles, interpret=interpret)
 
 
 def _elements(ref: Any, rows: Array, columns: Array) -> Any:

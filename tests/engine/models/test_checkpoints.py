@@ -9,7 +9,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from engine.models.params import map_specs, param_specs
 from engine.models.transformer import attention_spec, forward, logits
@@ -45,6 +47,26 @@ def test_a_config_that_contradicts_its_tensors_names_them(
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         load_params(open_checkpoint(folder), "float32")
+
+
+def with_predictor(folder: pathlib.Path, **changes: int) -> pathlib.Path:
+    """-> a copy of the tiny DeepSeek-V3 with a fourth layer, which predicts the token after the next one."""
+    shutil.copytree(TINY / "deepseek-v3", folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name in ("eh_proj.weight", "enorm.weight", "shared_head.norm.weight", "mlp.gate.weight"):
+        tensors[f"model.layers.3.{name}"] = np.zeros((2, 3), np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_alone(tmp_path: pathlib.Path):
+    params = load_params(open_checkpoint(with_predictor(tmp_path / "model")), "float32")
+    assert len(params["layers"]) == 3
+    missed = open_checkpoint(with_predictor(tmp_path / "other", num_hidden_layers=2))
+    with pytest.raises(ValueError, match="not part of the model: model.layers.2.input_layernorm.weight"):
+        load_params(missed, "float32")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -16,7 +16,7 @@ from kernels.cuda.attention import attend_product, update_and_attend
 TINY = pathlib.Path(__file__).parents[2] / "data" / "tiny"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "phi3", "olmo2"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "phi3", "olmo2", "gpt-oss"])
 def test_a_models_tokens_do_not_depend_on_the_backend(family: str, monkeypatch: pytest.MonkeyPatch):
     options = {"interpret": True, "multiprocessors": 2}
     interpreted = BACKENDS["triton"]._replace(

@@ -87,6 +87,12 @@ def test_gguf_metadata_that_cannot_be_met_names_the_key_as_the_file_does(values:
         from_gguf("x.gguf", gguf_metadata(**values), {"token_embd.weight": (60, 32)}, np.zeros)
 
 
+@pytest.mark.parametrize("name", ["mamba", ""])
+def test_a_gguf_architecture_that_is_not_known_is_named_with_those_that_are(name: str):
+    with pytest.raises(ValueError, match=f"x.gguf: architecture '{name}' is not one of .*gemma2.*phi3"):
+        from_gguf("x.gguf", {"general.architecture": name}, {}, np.zeros)
+
+
 @pytest.mark.parametrize("shape", [(2, 2), (2**30,)])
 def test_gguf_rope_factors_of_a_wrong_shape_are_not_loaded(shape: tuple[int, ...]):
     shapes = {"token_embd.weight": (60, 32), "rope_freqs.weight": shape}

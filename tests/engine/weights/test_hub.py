@@ -24,6 +24,7 @@ REPOSITORIES = {
     "org/single": {
         "config.json": b"{}", "tokenizer.json": b"[]", "README.md": b"no", "model.safetensors": WEIGHTS,
         "pytorch_model.bin": b"a pickle", "consolidated.safetensors": b"no", "original/model.safetensors": b"no",
+        "tokenizer/tokenizer.json": b"no",
     },
     "org/sharded": {
         "config.json": b"{}", "model.safetensors.index.json": json.dumps(INDEX).encode(), "other.safetensors": b"no",

@@ -19,11 +19,13 @@ from tests.engine.weights.test_load import CONFIG, save_folder, weights
 ROOT = pathlib.Path(__file__).parents[3]
 
 # Loads a folder four ways over 8 devices as (2, 4); prints for each the bytes read and whether all values are right.
+# Then converts it and restores it the last of these ways.
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from engine.convert import convert
 from engine.weights.load import load_params, open_checkpoint
 
 count = 0
@@ -51,6 +53,11 @@ for name, rule in rules.items():
     placed = jax.tree.map(lambda a: len(a.sharding.device_set) == 8, params)
     answers[name] = [count, all(jax.tree.leaves(same)) and all(jax.tree.leaves(placed))]
 
+convert(sys.argv[1], Path(sys.argv[2]), "float32")
+restored = load_params(open_checkpoint(Path(sys.argv[2])), "float32", sharding)
+same = jax.tree.map(lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), restored, params)
+answers["restored"] = all(jax.tree.leaves(same))
+
 class OneColumn:
     # A sharding of which only two of the devices are this process's: they hold a quarter of what is split.
     def __init__(self, path, spec):
@@ -74,12 +81,13 @@ def test_each_host_reads_only_the_bytes_of_its_own_shards(tmp_path):
     tensors = weights(config)
     folder = save_folder(tmp_path / "folder", config, tensors)
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM, str(folder)]
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(tmp_path / "converted")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
     answers = json.loads(done.stdout)
     everything = sum(tensor.nbytes for tensor in tensors.values())
     assert [answers[name] for name in ("replicated", "data", "heads")] == [[everything, True]] * 3
+    assert answers["restored"]
     split = sum(t.nbytes for name, t in tensors.items() if "mlp" in name or "embed" in name or "lm_head" in name)
     assert answers["one column"] == [everything - split + split // 4, True]
 

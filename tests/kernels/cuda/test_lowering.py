@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from kernels.attention import AttentionSpec, HeadInputs, RaggedBatch
 from kernels.cuda.attention import attend_product, cache_spec
+from kernels.cuda.grouped import grouped_dot
 
 try:
     from jax._src.mesh import AbstractDevice, AbstractMesh
@@ -38,4 +39,16 @@ def test_kernels_lower_for_a_gpu(rows: int, tokens: int, head_dim: int, rotated:
     step = jax.jit(partial(attend_product, multiprocessors=132), static_argnums=3)
     with jax.sharding.use_abstract_mesh(H200):
         traced = step.trace(inputs, cache_spec(spec, 5, 16, kv_dtype), batch, spec, **options)
+        assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(H200 is None, reason="this JAX cannot lower for a GPU that is not there")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [1, 256, 4096])
+def test_grouped_products_lower_for_a_gpu(tokens: int, dtype: str):
+    given = jax.ShapeDtypeStruct
+    with jax.sharding.use_abstract_mesh(H200):
+        traced = jax.jit(grouped_dot).trace(
+            given((8 * tokens, 96), dtype), given((64, 96, 160), dtype), given((64,), jnp.int32)
+        )
         assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine.models.layers import apply_rope, rms_norm
+from engine.models.layers import rms_norm
+from engine.models.rope import apply_rope
 from kernels.attention import AttentionSpec, HeadInputs, RaggedBatch
 from kernels.cuda.attention import write
 from kernels.cuda.prepare import prepare

@@ -32,7 +32,7 @@ full='{"gpu_memory_utilization": 0.95}'
     part startup 100 "$python" scripts/bench_startup.py --shape llama-8b --out "$parts/startup.json"
     part qwen3-0.6b 110 "$python" scripts/bench_offline.py --shape qwen3-0.6b --settings "$full" --out "$parts/qwen3-0.6b.json"
     part llama-8b 160 "$python" scripts/bench_offline.py --shape llama-8b --settings "$full" --out "$parts/llama-8b.json"
-    part experts 40 "$python" scripts/bench_moe.py --tokens 8,256,2048
+    part experts 40 "$python" scripts/bench_moe.py --tokens 8,256,2048 --out "$parts/experts.json"
     part tokens 70 "$python" scripts/check_tokens.py --shape qwen3-0.6b
     kill $watcher
     "$python" - "$parts" "$out/suite.json" <<'PYTHON'

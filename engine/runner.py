@@ -34,8 +34,8 @@ COMPILERS = 16  # steps that are compiled at a time, if there are processors for
 COPIES = 8  # page copies in one launch; more take several
 # What XLA tries out for a GPU before it chooses. Trying everything in every step takes most of a cold start, and gains
 # where products have very few rows; for the largest step a choice of cuBLAS' own is enough (docs/performance.md).
-NO_TRITON: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
-UNTUNED: dict[str, str | bool] = {"xla_gpu_autotune_level": 0, **NO_TRITON}
+NO_TRITON: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0, **NO_TRITON}
 TUNED_TOKENS = 8  # steps of so many tokens at most are tuned in full
 
 
@@ -108,7 +108,7 @@ class Runner:
         """-> the executable of a step. The step that long prompts fill gets the kernels that take long to compile."""
         fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
         backend = self.backend if fullest else self.backend.lesser or self.backend
-        options: dict[str, str | bool] | None = None
+        options: dict[str, Any] | None = None
         if jax.devices()[0].platform == "gpu" and shape.tokens > TUNED_TOKENS:
             options = NO_TRITON if fullest else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)

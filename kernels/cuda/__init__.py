@@ -1,1 +1,1 @@
-"""Attention kernels for NVIDIA GPUs, written in Pallas-Triton."""
+"""Attention kernels for NVIDIA GPUs, written in Pallas-Triton, and one for Hopper in Pallas-Mosaic-GPU."""

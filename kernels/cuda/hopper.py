@@ -2,8 +2,8 @@
 
 A program per multiprocessor takes work after work: a block of queries of one KV head against all that they see, in
 tiles of the context. The fetching warpgroup copies queries and tiles to shared memory, as far ahead as stages are free.
-The multiplying ones have half of the block each; while one multiplies, the other takes its softmax, and the products
-of a tile's values run beside the softmax of the next tile's scores (FlashAttention-3, Shah et al. 2024).
+The multiplying ones have half of the block each, and one multiplies while the other takes its softmax: its turn is the
+values of a tile together with the scores of the next (FlashAttention-3, Shah et al. 2024).
 """
 
 from __future__ import annotations
@@ -386,8 +386,8 @@ def multiply(plan: Plan, shared: Shared, group: Any, sinks: Any, out: Any, work:
                 your_turn()
                 scores = plgpu.wgmma_accumulator_load(ref, wait_n=1)
                 plgpu.barrier_arrive(shared.k_free.at[next_slot])
-                found = lax.optimization_barrier(softmax(scores, state, j, masked))
-                plgpu.wgmma_wait(0)
+                found = softmax(scores, state, j, masked)
+                plgpu.wgmma_wait(0)  # until then the product reads the registers that the next weights go to
                 return found[0].astype(dtype), *found[1:], more
 
             weights, keep, state, more = pl.run_scoped(

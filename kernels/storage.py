@@ -9,12 +9,12 @@ KV_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "
 
 
 def stored(x: Array, scale: Array | None, dtype: jnp.dtype) -> Array:
-    """x [T, K, D], scale [K] float32 or None -> x / scale as the cache's dtype, rounded to nearest.
+    """x [T, K, D], scale [K] float32 or None -> x / scale as the cache's dtype, rounded to nearest, and once.
 
     What is out of range becomes the largest value: an e4m3 cast would make it NaN.
     """
     if scale is not None:
-        x = x / scale.astype(x.dtype)[None, :, None]
+        x = x.astype(jnp.float32) / scale[None, :, None]
     if jnp.dtype(dtype).itemsize > 1:
         return x.astype(dtype)
     integer = jnp.issubdtype(dtype, jnp.integer)

@@ -9,8 +9,12 @@ from pathlib import Path
 from absl import app, flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Of the parameters that are written.")
-flags.DEFINE_string("revision", None, "Branch, tag or commit of a model on the hub; default: its main branch.")
+
+
+def define_flags() -> None:
+    """Only for the program: the engine's own flags have these names, too."""
+    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Of the parameters that are written.")
+    flags.DEFINE_string("revision", None, "Branch, tag or commit of a model on the hub; default: its main branch.")
 
 
 def convert(source: str, destination: Path, dtype: str, revision: str | None = None) -> int:
@@ -49,4 +53,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -41,11 +41,11 @@ class MemoryPlan:
 
 def plan_memory(
     config: EngineConfig, resolved: ResolvedConfig, device: Any, *,
-    weights: int, temporaries: int, tables: int, page_bytes: int,
+    in_use: int, weights: int, temporaries: int, tables: int, page_bytes: int,
 ) -> MemoryPlan:  # fmt: skip
     """-> the plan. Errors: ValueError with the numbers and the setting to change, if not even one sequence fits.
 
-    `device` is the jax.Device that holds it all.
+    `device` is the jax.Device that holds it all; `in_use`: bytes that others of this process have of it.
     """
     page = resolved.page_size
     least = -(-resolved.max_model_len // page) + 1
@@ -62,8 +62,7 @@ def plan_memory(
             stats = device.memory_stats()
             limit = stats["bytes_limit"]  # on a GPU, the pool that `limit_gpu_pool` has asked for
             share = 1 if device.platform == "gpu" else config.gpu_memory_utilization
-            in_use = max(stats["bytes_in_use"], weights)  # another engine of this process may hold some, too
-            room = int(limit * share) - in_use - temporaries - tables - RESERVE
+            room = int(limit * share) - in_use - weights - temporaries - tables - RESERVE
             source = f"gpu_memory_utilization {config.gpu_memory_utilization}, which gives {_mib(int(limit * share))}"
         num_pages = max(room, 0) // page_bytes
     plan = MemoryPlan(weights, temporaries, tables, page_bytes, num_pages, page)

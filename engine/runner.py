@@ -6,7 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from engine.batch import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, flat
 from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
-from engine.models.params import Params, num_bytes
+from engine.models.params import Params, abstract_params
 from engine.models.transformer import attention_spec
 from engine.request import Request
 from engine.scheduler import StepPlan
@@ -54,11 +54,14 @@ class Runner:
         config: EngineConfig,
         resolved: ResolvedConfig,
         model: ModelConfig,
-        params: Params,
+        load: Callable[[], Params],
         report: Callable[[str], None],
     ):
-        self.model, self.params, self.num_traces = model, params, 0
+        """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too."""
+        self.model, self.num_traces = model, 0
         device = jax.devices()[0]
+        in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
+        self._abstract_params = abstract_params(model, resolved.dtype)
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
         specs = [attention_spec(model, i) for i in range(len(model.layers))]
         self.backend = choose_backend(config.attention_backend, device.platform, set(specs), page, kv_dtype)
@@ -83,17 +86,21 @@ class Runner:
         self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
         sizes = partial(
             plan_memory, config, resolved, device,
-            weights=num_bytes(params),
+            in_use=in_use,
+            weights=_tree_bytes(self._abstract_params),
             tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
             page_bytes=_tree_bytes(state_spec(1).kv_caches),
         )  # fmt: skip
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
-        if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
-            plan = sizes(temporaries=0)
-        else:
-            plan = sizes(temporaries=_temporaries(self._compile(largest, state_spec(pages_per_row + 1))))
-        state = state_spec(plan.num_pages)
-        self.executables = self._compile_all(state, report)
+        with ThreadPoolExecutor(1, "load") as loader:
+            loading = loader.submit(load)
+            if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
+                plan = sizes(temporaries=0)
+            else:
+                plan = sizes(temporaries=_temporaries(self._compile(largest, state_spec(pages_per_row + 1))))
+            state = state_spec(plan.num_pages)
+            self.executables = self._compile_all(state, loading, report)
+            self.params = loading.result()
         # Planned once: the pool must hand out the pages that the cache has, whatever compiling left in use since.
         self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
         for line in self.memory.describe(resolved.max_model_len):
@@ -112,17 +119,27 @@ class Runner:
         if jax.devices()[0].platform == "gpu" and shape.tokens > TUNED_TOKENS:
             options = NO_TRITON if fullest else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-        lowered = self._step.lower(self.model, backend, self.page_size, shape, self.params, state, flat)
+        lowered = self._step.lower(self.model, backend, self.page_size, shape, self._abstract_params, state, flat)
         return lowered.compile(options)
 
-    def _compile_all(self, state: DeviceState, report: Callable[[str], None]) -> dict[StepShape, Any]:
+    def _compile_all(
+        self, state: DeviceState, loading: Future[Params], report: Callable[[str], None]
+    ) -> dict[StepShape, Any]:
+        """-> every step's executable. Gives up as soon as loading has failed."""
         started = time.perf_counter()
         report(f"compiling {len(self.shapes)} step shapes")
         executables = {}
         threads = min(os.cpu_count() or 1, COMPILERS)
         bar = tqdm(total=len(self.shapes), desc="compiling", disable=None)
+
+        def compile_one(shape: StepShape) -> tuple[StepShape, Any]:
+            if loading.done():
+                loading.result()
+            return shape, self._compile(shape, state)
+
+        slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
         with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
-            for shape, executable in pool.map(lambda s: (s, self._compile(s, state)), self.shapes):
+            for shape, executable in pool.map(compile_one, slow_first):
                 executables[shape] = executable
                 bar.update()
         report(f"compiled {len(self.shapes)} step shapes in {time.perf_counter() - started:.1f} s")

@@ -14,7 +14,7 @@ import jax
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.memory import limit_gpu_pool
-from engine.models.params import random_params
+from engine.models.params import Params, random_params
 from engine.runner import Runner, enable_compilation_cache
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
@@ -27,7 +27,6 @@ def print_report(line: str) -> None:
 
 def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> EngineCore:
     """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault."""
-    started = time.perf_counter()
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it names each absent backend
     enable_compilation_cache(config.compilation_cache_dir)
     limit_gpu_pool(config)
@@ -45,9 +44,14 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
         if tokenizer is None:
             raise ValueError("chat_template: is of no use without a tokenizer; leave it out")
         tokenizer.use_chat_template(config.chat_template)
-    if checkpoint is None or dummy:
-        params = random_params(model, resolved.dtype, config.seed)
-    else:
-        params = load_params(checkpoint, resolved.dtype)
-    report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - started:.1f} s")
-    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, params, report))
+
+    def load() -> Params:
+        began = time.perf_counter()
+        if checkpoint is None or dummy:
+            params = random_params(model, resolved.dtype, config.seed)
+        else:
+            params = load_params(checkpoint, resolved.dtype)
+        report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
+        return params
+
+    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, load, report))

@@ -144,6 +144,11 @@ def num_bytes(params: Params) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
+def abstract_params(config: ModelConfig, dtype: str) -> Params:
+    """-> the shapes and dtypes of parameters that are still to come, as ShapeDtypeStructs."""
+    return map_specs(lambda path, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype), param_specs(config))
+
+
 def random_params(config: ModelConfig, dtype: str, seed: int) -> Params:
     """-> parameters of the right shapes drawn from N(0, 1 / fan_in), on the default device; norms are ones."""
     specs = param_specs(config)

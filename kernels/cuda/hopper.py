@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.cuda.blocks import ALIGNED, aligned_blocks
 from kernels.cuda.tile import LOG2_E, NOTHING
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ GROUPS = 2  # warpgroups that multiply; the next one fetches
 QUEUES = 2  # places for a work's queries: the next work's come while these are used
 CONTEXT = 128  # tokens in a tile of keys or values
 RING = 1 << 17  # bytes of shared memory for tiles
-ALIGNED = 8  # a copy to shared memory starts at a multiple of these rows
 NEAR = 1 << 25  # bytes of keys and values that stay in the second-level cache while their rows' blocks are taken
 REGISTERS = (240, 24)  # of a thread that multiplies, and of one that fetches
 
@@ -120,36 +120,6 @@ def supports(spec: AttentionSpec, page_size: int, kv_dtype: str) -> str | None:
 def heads_together(group: int) -> int:
     """-> how many of a KV head's query heads share a warpgroup, which has 8 rows for each at least."""
     return max(n for n in range(1, ROWS // ALIGNED + 1) if group % n == 0)
-
-
-def aligned_blocks(batch: RaggedBatch, tokens: int, size: int, near: int) -> Array:
-    """Cut the rows from num_decodes on into blocks of `size` queries.
-
-    -> [5, N] i32: a block's row; its first token, a multiple of ALIGNED; that token's position, which may be negative;
-    its number of queries; and how many of them, the first, are not the row's. Unused blocks, at the end, have no
-    queries. N is a bound for every batch of `tokens` tokens. Rows that have about `near` tokens of context together
-    are near each other, for the cache's sake; among them the blocks that see most come first, for equal shares.
-    """
-    rows = batch.kv_lens.shape[0]
-    number = pl.cdiv(tokens + (ALIGNED - 1) * min(rows, tokens), size) + min(rows, tokens)
-    lens = batch.cu_q_lens[1:] - batch.cu_q_lens[:-1]
-    lens = jnp.where(jnp.arange(rows) < batch.num_decodes, 0, lens)
-    before = jnp.where(lens > 0, batch.cu_q_lens[:-1] % ALIGNED, 0)
-    ends = jnp.cumsum(pl.cdiv(lens + before, size))
-    index = jnp.arange(number)
-    row = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), rows - 1)
-    begin = (ends[row] - 1 - index) * size - before[row]
-    parts = [
-        row,
-        batch.cu_q_lens[row] + begin,
-        batch.kv_lens[row] - lens[row] + begin,
-        jnp.minimum(lens[row] - begin, size),
-        jnp.maximum(-begin, 0),
-    ]
-    together = jnp.cumsum(jnp.where(lens > 0, batch.kv_lens, 0)) // near
-    used = index < ends[-1]
-    order = jnp.lexsort((-(parts[2] + parts[3]), jnp.where(used, together[row], jnp.iinfo(jnp.int32).max)))
-    return jnp.where(used, jnp.stack(parts)[:, order], 0).astype(jnp.int32)
 
 
 # Compiled by itself, it is traced and lowered once for all layers of a step.

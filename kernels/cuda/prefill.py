@@ -10,6 +10,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.cuda.blocks import query_blocks
 from kernels.cuda.tile import (
     Options,
     Tiles,
@@ -25,29 +26,6 @@ from kernels.cuda.tile import (
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, RaggedBatch
-
-
-def query_blocks(batch: RaggedBatch, tokens: int, size: int) -> Array:
-    """Cut the rows from num_decodes on into blocks of `size` queries, the last of a row first.
-
-    -> [4, N] i32: a block's row, its first token, that token's position, and its number of queries: 0 where unused,
-    as its position is then, so that the kernel's loops are empty.
-    N is a bound for every batch of `tokens` tokens. Blocks of more context come first within a row, since they take
-    longest.
-    """
-    rows = batch.kv_lens.shape[0]
-    number = pl.cdiv(tokens, size) + min(rows, tokens)
-    lens = batch.cu_q_lens[1:] - batch.cu_q_lens[:-1]
-    lens = jnp.where(jnp.arange(rows) < batch.num_decodes, 0, lens)
-    blocks = pl.cdiv(lens, size)
-    ends = jnp.cumsum(blocks)
-    index = jnp.arange(number)
-    row = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), rows - 1)
-    used = index < ends[-1]
-    begin = jnp.where(used, ends[row] - 1 - index, 0) * size
-    count = jnp.where(used, jnp.minimum(lens[row] - begin, size), 0)
-    position = jnp.where(used, batch.kv_lens[row] - lens[row] + begin, 0)
-    return jnp.stack([row, batch.cu_q_lens[row] + begin, position, count]).astype(jnp.int32)
 
 
 def prefill(

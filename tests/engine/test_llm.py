@@ -238,3 +238,13 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(llm: LLM):
     assert bad.outputs[0].finish_reason == "error"
     assert llm.generate([[5, 6, 7]], greedy(max_tokens=4))[0].outputs[0].token_ids == good.outputs[0].token_ids
     assert llm.generate([[5, 1234, 6]], greedy(max_tokens=4))[0].outputs[0].finish_reason == "length"
+
+
+def test_weights_that_cannot_be_loaded_end_the_start(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise ValueError("model.safetensors: the file ends early")
+
+    monkeypatch.setattr("engine.startup.random_params", fail)
+    folder = pathlib.Path(__file__).parents[1] / "data" / "tiny" / "qwen3"
+    with pytest.raises(ValueError, match="the file ends early"):
+        LLM(model=str(folder), load_format="dummy", skip_tokenizer_init=True)

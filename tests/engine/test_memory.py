@@ -15,12 +15,14 @@ GIB = 1 << 30
 PAGE_BYTES = 1 << 20
 
 
-def plan(platform: str = "tpu", total: int = 16 * GIB, in_use: int = 2 * GIB, **settings: Any) -> MemoryPlan:
+def plan(platform: str = "tpu", total: int = 16 * GIB, in_use: int = 0, **settings: Any) -> MemoryPlan:
     """-> the plan for 2 GiB of weights, 1 GiB of temporaries and pages of 1 MiB and 16 tokens."""
     config = EngineConfig(**{"model": "m", "max_model_len": 1600, "block_size": 16, "max_num_seqs": 100} | settings)
-    device = SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": total, "bytes_in_use": in_use})
+    device = SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": total})
     resolved = config.resolve(model_max_len=100_000, platform=platform)
-    return plan_memory(config, resolved, device, weights=2 * GIB, temporaries=GIB, tables=0, page_bytes=PAGE_BYTES)
+    return plan_memory(
+        config, resolved, device, in_use=in_use, weights=2 * GIB, temporaries=GIB, tables=0, page_bytes=PAGE_BYTES
+    )
 
 
 def test_an_accelerators_pages_are_its_share_less_weights_and_temporaries():
@@ -32,7 +34,7 @@ def test_a_gpus_pool_is_the_share_already():
 
 
 def test_what_others_hold_of_the_device_is_not_given_out_twice():
-    assert plan().num_pages - plan(in_use=3 * GIB).num_pages == GIB // PAGE_BYTES
+    assert plan().num_pages - plan(in_use=GIB).num_pages == GIB // PAGE_BYTES
 
 
 def test_the_cpu_gives_a_share_of_its_memory_and_no_more_than_can_be_used():

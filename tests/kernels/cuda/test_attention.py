@@ -10,8 +10,8 @@ import pytest
 
 from kernels.attention import BACKENDS, AttentionSpec, Backend, RaggedBatch, choose_backend
 from kernels.cuda.attention import decode_tiles, prefill_tiles, update_and_attend
+from kernels.cuda.blocks import query_blocks
 from kernels.cuda.decode import num_splits
-from kernels.cuda.prefill import query_blocks
 from tests.kernels.cases import CASES, CHUNKS, DECODES, Case, run
 
 SPEC = AttentionSpec(2, 3, 64, 0.125)

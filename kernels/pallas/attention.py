@@ -1,7 +1,8 @@
-"""Paged attention on TPUs: one kernel writes new keys and values, then attends from decodes, then from prefill chunks."""
+"""Paged attention on TPUs: one kernel writes new keys and values, then attends from decodes, then from chunks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.pallas import decode, prefill, write
-from kernels.pallas.blocks import Blocks, preferred, this_chip
-from kernels.pallas.call import Arrays, Call
-from kernels.pallas.layout import SUBLANES, ceil_to, layout_of
-from kernels.pallas.stream import Stream
+from kernels.pallas.blocks import Blocks, Chip, fit, fit_tables, padded_bytes, preferred, this_chip
+from kernels.pallas.call import IN_SMEM, Arrays, Call
+from kernels.pallas.layout import EDGE, SUBLANES, ceil_to, layout_of
+from kernels.pallas.stream import Stream, stream_types
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, RaggedBatch
 
 KV_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+Types = tuple[Any, ...]  # of scratch memory; None where it is not needed
 
 
 def supports(spec: AttentionSpec, page_size: int, kv_dtype: str) -> str | None:
@@ -49,42 +51,76 @@ def update_and_attend(
     kv_scales: Array | None = None,
     interpret: Any = False,
     blocks: Blocks | None = None,
+    chip: Chip | None = None,
 ) -> tuple[Array, Array]:
-    """See kernels.attention.Backend. Results of padding tokens are undefined, and padding is not written anywhere."""
-    tokens = q.shape[0]
-    if tokens % SUBLANES and tokens > SUBLANES:
-        room = ceil_to(tokens, SUBLANES) - tokens
+    """See kernels.attention.Backend. Results of padding tokens are undefined, and padding is not written anywhere.
+
+    `blocks`: where to start from, if not from the computed ones; `chip`: if not the one in use.
+    Errors: ValueError if nothing fits the chip's memories.
+    """
+    tokens, (rows, pages) = q.shape[0], batch.page_table.shape
+    only_decodes = tokens <= rows
+    if tokens % EDGE and tokens > SUBLANES:
+        room = ceil_to(tokens, EDGE) - tokens
         more = lambda x: None if x is None else jnp.pad(x, ((0, room),) + ((0, 0),) * (x.ndim - 1))
         q, k, v = more(q), more(k), more(v)
-    by_head = lambda x: None if x is None else x.swapaxes(0, 1)
-    layout = layout_of(spec)
-    blocks = blocks or preferred(spec, layout, this_chip(), cache.shape[2])
+    layout, page_size = layout_of(spec), cache.shape[2]
+    chip = chip or this_chip()
+    first = blocks or preferred(spec, layout, chip, page_size)
     call = Call(
-        spec, layout, blocks, cache.shape[2], q.shape[0], q.dtype, cache.dtype,
-        kv_scales is not None, sinks is not None,
-    )  # fmt: skip
+        spec, layout, first, page_size, q.shape[0], q.dtype, cache.dtype, kv_scales is not None, sinks is not None
+    )
+    call, vmem = with_fitting_blocks(call, only_decodes, rows, pages, chip)
+    by_head = lambda x: None if x is None else x.swapaxes(0, 1)
+    as_float = lambda x: None if x is None else x.astype(jnp.float32)
     arrays = Arrays(
         batch.kv_lens, batch.cu_q_lens, jnp.stack([batch.num_rows, batch.num_decodes]), batch.write_page,
-        None if sinks is None else sinks.astype(jnp.float32),
-        None if kv_scales is None else kv_scales.astype(jnp.float32),
-        batch.page_table[:, None, :], q.transpose(1, 2, 0, 3), by_head(k), by_head(v), None, cache,
+        as_float(sinks), as_float(kv_scales), batch.page_table[:, None, :], q.transpose(1, 2, 0, 3), by_head(k),
+        by_head(v), None, cache,
     )  # fmt: skip
-    only_decodes = tokens <= batch.page_table.shape[0]
-    out, cache = _launch(call, arrays, only_decodes, interpret)
+    out, cache = _launch(call, arrays, only_decodes, interpret, min(2 * vmem, int(0.97 * chip.vmem)))
     return out.transpose(2, 0, 1, 3)[:tokens], cache
 
 
-def _launch(call: Call, arrays: Arrays, only_decodes: bool, interpret: Any) -> tuple[Array, Array]:
+def phase_types(call: Call, only_decodes: bool, pages: int) -> dict[str, Types]:
+    """-> the scratch memory of each phase, which has it to itself."""
+    stream = partial(stream_types, call.layout, call.blocks.slots, call.blocks.tables, pages, call.kv_dtype)
+    types: dict[str, Types] = {
+        "write decodes": write.scratch_types(call, SUBLANES, True),
+        "decode": (*stream(call.blocks.decode_kv), *decode.scratch_types(call)),
+    }
+    if not only_decodes:
+        types["write chunks"] = write.scratch_types(call, min(call.blocks.write, call.page_size), False)
+        types["prefill"] = (*stream(call.blocks.prefill_kv), *prefill.scratch_types(call))
+    return types
+
+
+def with_fitting_blocks(call: Call, only_decodes: bool, rows: int, pages: int, chip: Chip) -> tuple[Call, int]:
+    """-> the call with blocks that fit, and the bytes of VMEM that they take. Errors: ValueError if none do."""
+
+    def vmem_bytes(blocks: Blocks) -> int:
+        types = phase_types(replace(call, blocks=blocks), only_decodes, pages).values()
+        in_vmem = lambda t: getattr(t, "memory_space", None) == pltpu.VMEM
+        return max(sum(padded_bytes(t.shape, t.dtype) for t in phase if in_vmem(t)) for phase in types)
+
+    heads, group = call.layout.heads, call.spec.group
+    scalars = 4 * (2 * rows + call.tokens + heads * (group * call.sinks + 2 * call.scaled)) + 4096
+    blocks = fit(call.blocks, call.page_size, vmem_bytes, chip)
+    blocks = replace(blocks, tables=fit_tables(pages, scalars, blocks.tables, chip))
+    return replace(call, blocks=blocks), vmem_bytes(blocks)
+
+
+def _launch(call: Call, arrays: Arrays, only_decodes: bool, interpret: Any, vmem_limit: int) -> tuple[Array, Array]:
     """`arrays` with values -> out and cache."""
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
-    names = [name for name, value in arrays._asdict().items() if value is not None]
-    places = {name: smem if name in Arrays._fields[:6] else hbm for name in names}
+    given = {name: value for name, value in arrays._asdict().items() if value is not None}
+    names = list(given)
     heads, group, tokens, _ = arrays.q.shape
 
     def kernel(*refs: Any) -> None:
         *inputs, out, cache = refs
-        given = dict(zip(names, inputs, strict=True)) | {"out": out, "cache": cache}
-        _body(call, Arrays(**(dict.fromkeys(Arrays._fields) | given)), only_decodes)
+        named = dict(zip(names, inputs, strict=True)) | {"out": out, "cache": cache}
+        _body(call, Arrays(**(dict.fromkeys(Arrays._fields) | named)), only_decodes)
 
     return pl.pallas_call(
         kernel,
@@ -93,48 +129,49 @@ def _launch(call: Call, arrays: Arrays, only_decodes: bool, interpret: Any) -> t
             jax.ShapeDtypeStruct((heads, group, tokens, call.layout.value_dim), arrays.q.dtype),
             jax.ShapeDtypeStruct(arrays.cache.shape, arrays.cache.dtype),
         ],
-        in_specs=list(places.values()),
+        in_specs=[smem if name in IN_SMEM else hbm for name in names],
         out_specs=[hbm, hbm],
         input_output_aliases={names.index("cache"): 1},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=100 << 20, disable_bounds_checks=True),
+        # Page numbers come from the engine's own pool; checking each copy's bounds costs as much as starting it.
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit, disable_bounds_checks=True),
         interpret=interpret,
-    )(*(value for value in arrays if value is not None))
+    )(*given.values())
 
 
 def _body(call: Call, arrays: Arrays, only_decodes: bool) -> None:
     num_rows, num_decodes = arrays.counts[0], arrays.counts[1]
     decodes_end = num_rows if only_decodes else num_decodes
-    with_writes = [(SUBLANES, True, 0, decodes_end)]
-    if not only_decodes:
-        with_writes.append((min(call.blocks.write, call.page_size), False, num_decodes, num_rows))
-    for piece, single, first, end in with_writes:
-        types = write.scratch_types(call, piece, single)
-        pl.run_scoped(lambda *refs, a=first, b=end: write.write(call, arrays, write.Scratch(*refs), a, b), *types)
+    types = phase_types(call, only_decodes, arrays.table.shape[2])
 
-    def run(phase: Any, scratch: Any, types: Any, block: int, first: Any, end: Any, turns: Any, span: Any) -> None:
-        slots, tables = call.blocks.slots, call.blocks.tables
-        stream_types = (
-            pltpu.VMEM((slots, call.layout.channels, block, call.layout.lanes), call.kv_dtype),
-            pltpu.SemaphoreType.DMA((slots,)),
-            pltpu.SMEM((tables, *arrays.table.shape[1:]), jnp.int32),
-            pltpu.SemaphoreType.DMA((tables,)),
-            pltpu.SMEM((5,), jnp.int32),
-        )
-        used = [t for t in types if t is not None]
+    def scoped(name: str, do: Any) -> None:
+        """do(refs), with None where there is no type."""
+        used = [t for t in types[name] if t is not None]
 
         def body(*refs: Any) -> None:
-            stream = Stream(arrays.cache, arrays.table, *refs[:5], call.page_size, first, end, turns, span)
-            rest = iter(refs[5:])
-            phase(call, arrays, stream, scratch(*(None if t is None else next(rest) for t in types)))
+            rest = iter(refs)
+            do([None if t is None else next(rest) for t in types[name]])
 
-        pl.run_scoped(body, *stream_types, *used)
+        pl.run_scoped(body, *used)
 
-    run(
-        decode.decode, decode.Scratch, decode.scratch_types(call), call.blocks.decode_kv, jnp.int32(0), decodes_end,
-        lambda row: jnp.int32(1), lambda row, turn: decode.span(call, arrays, row),
-    )  # fmt: skip
+    def stream(refs: list[Any], first: Any, end: Any, turns: Any, span: Any) -> Stream:
+        return Stream(arrays.cache, arrays.table, *refs[:5], call.page_size, first, end, turns, span)
+
+    def write_rows(first: Any, end: Any, refs: list[Any]) -> None:
+        write.write(call, arrays, write.Scratch(*refs), first, end)
+
+    def run_decode(refs: list[Any]) -> None:
+        read = lambda row, turn: decode.span(call, arrays, row)
+        pages = stream(refs, jnp.int32(0), decodes_end, lambda row: jnp.int32(1), read)
+        decode.decode(call, arrays, pages, decode.Scratch(*refs[5:]))
+
+    def run_prefill(refs: list[Any]) -> None:
+        turns, span = partial(prefill.turns, call, arrays), partial(prefill.span, call, arrays)
+        pages = stream(refs, num_decodes, num_rows, turns, span)
+        prefill.prefill(call, arrays, pages, prefill.Scratch(*refs[5:]))
+
+    scoped("write decodes", partial(write_rows, jnp.int32(0), decodes_end))
     if not only_decodes:
-        run(
-            prefill.prefill, prefill.Scratch, prefill.scratch_types(call), call.blocks.prefill_kv, num_decodes,
-            num_rows, partial(prefill.turns, call, arrays), partial(prefill.span, call, arrays),
-        )  # fmt: skip
+        scoped("write chunks", partial(write_rows, num_decodes, num_rows))
+    scoped("decode", run_decode)
+    if not only_decodes:
+        scoped("prefill", run_prefill)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.pallas.layout import LANES, SUBLANES, Layout, ceil_to
+from kernels.pallas.layout import EDGE, LANES, SUBLANES, Layout, ceil_to
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec
 
-VMEM_SHARE = 0.7  # of VMEM for blocks; the compiler needs some for what it spills, and XLA for its own operands
+VMEM_SHARE = 0.75  # of VMEM for blocks; the compiler needs some for what it spills, and XLA for its own operands
 SMEM_SHARE = 0.75
+UNIT_ROWS = 640  # of a prefill: enough to hide the MXU's latency, and few enough that registers suffice
 WEIGHT_REGISTERS = 32  # of a decode's weights at once: half of a core's vector registers
 
 
@@ -45,9 +46,9 @@ class Blocks:
     pack: int  # KV heads that one product of a decode scores together
     decode_kv: int  # of a block of pages in a decode
     decode_step: int = 256  # of what is worked on together where a mask is needed
-    prefill_q: int = 128
+    prefill_q: int = 160
     prefill_kv: int = 512
-    unit_rows: int = 512  # rows of queries (tokens * query heads) of a unit, about
+    unit_rows: int = 640  # rows of queries (tokens * query heads) of a unit, at most
     slots: int = 3  # blocks of pages in VMEM
     tables: int = 8  # rows of the page table in SMEM
     write: int = 64  # of a piece of a page that is written at once
@@ -62,27 +63,28 @@ def preferred(spec: AttentionSpec, layout: Layout, chip: Chip, page_size: int) -
     while block < 1024 and 2 * block // LANES * registers <= WEIGHT_REGISTERS:
         block *= 2
     block = max(block, page_size)
-    return Blocks(pack, block, decode_step=min(block, 256), prefill_kv=max(512, page_size))
+    return Blocks(
+        pack,
+        block,
+        decode_step=min(block, 256),
+        prefill_q=ceil_to(UNIT_ROWS // min(spec.group, 4), EDGE),
+        prefill_kv=max(512, page_size),
+        unit_rows=UNIT_ROWS,
+    )
 
 
-def smaller(blocks: Blocks, page_size: int) -> Iterable[Blocks]:
+def smaller(blocks: Blocks, page_size: int) -> Iterator[Blocks]:
     """Yields ways to need less VMEM, the best first."""
     least = max(LANES, page_size)
-    if blocks.prefill_q > 64:
-        yield replace(blocks, prefill_q=blocks.prefill_q // 2)
-    if blocks.prefill_kv > max(least, 256):
-        yield replace(blocks, prefill_kv=blocks.prefill_kv // 2)
-    if blocks.slots > 2:
-        yield replace(blocks, slots=blocks.slots - 1)
-    if blocks.decode_kv > least:
-        half = blocks.decode_kv // 2
-        yield replace(blocks, decode_kv=half, decode_step=min(half, blocks.decode_step))
-    if blocks.prefill_q > SUBLANES:
-        yield replace(blocks, prefill_q=blocks.prefill_q // 2)
-    if blocks.prefill_kv > least:
-        yield replace(blocks, prefill_kv=blocks.prefill_kv // 2)
-    if blocks.write > SUBLANES:
-        yield replace(blocks, write=blocks.write // 2)
+    floors = (
+        ("prefill_q", 80), ("prefill_kv", max(least, 256)), ("slots", 2), ("decode_kv", max(least, 512)),
+        ("prefill_q", EDGE), ("decode_kv", least), ("prefill_kv", least), ("write", SUBLANES),
+    )  # fmt: skip
+    for name, floor in floors:
+        now = getattr(blocks, name)
+        fewer = now - 1 if name == "slots" else ceil_to(now // 2, EDGE if name == "prefill_q" else SUBLANES)
+        if floor <= fewer < now:
+            yield replace(blocks, **{name: fewer})
 
 
 def padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
@@ -93,3 +95,30 @@ def padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     for n in outer:
         total *= n
     return total
+
+
+def fit(first: Blocks, page_size: int, vmem_bytes: Callable[[Blocks], int], chip: Chip) -> Blocks:
+    """-> the largest blocks that fit. Errors: ValueError with the figures, if none do."""
+    blocks, limit = first, int(chip.vmem * VMEM_SHARE)
+    while (needed := vmem_bytes(blocks)) > limit:
+        found = next(smaller(blocks, page_size), None)
+        if found is None:
+            raise ValueError(
+                f"attention needs {needed >> 10} KiB of VMEM with its smallest blocks, and this TPU has {limit >> 10} "
+                f"KiB for it: use smaller pages (block_size is {page_size}), or tensor parallelism for fewer heads"
+            )
+        blocks = found
+    return blocks
+
+
+def fit_tables(pages: int, other_bytes: int, most: int, chip: Chip) -> int:
+    """-> how many rows of the page table SMEM has room for. Errors: ValueError if fewer than two."""
+    room = int(chip.smem * SMEM_SHARE) - other_bytes
+    rows = min(most, room // (4 * ceil_to(pages, LANES)))
+    if rows < 2:
+        raise ValueError(
+            f"attention needs two rows of the page table in SMEM: {pages} pages a row, after {other_bytes} bytes for "
+            f"what it keeps of rows and tokens, do not fit {chip.smem} bytes: use larger pages (block_size), a smaller "
+            "max_model_len, max_num_seqs or max_num_batched_tokens"
+        )
+    return rows

@@ -46,12 +46,18 @@ class Call:
         numbers = (((contract[0],), (contract[1],)), ((), ()))
         return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
 
-    def scores(self, q: Array, k: Array, scale: Any) -> Array:
-        """q [M, D], k [N, D] -> [M, N] float32, in units of log2; `scale` is spec.scale times the keys' own."""
+    def query_factor(self, kv_scales: Any, head: int) -> Any:
+        """-> what queries are multiplied with beforehand, so that their products need no more scaling."""
+        factor = self.spec.scale * (LOG2_E if self.spec.soft_cap is None else 1 / self.spec.soft_cap)
+        return kv_scales[0, head] * factor if self.scaled else factor
+
+    def scores(self, q: Array, k: Array) -> Array:
+        """q [M, D], already multiplied by its factor, k [N, D] -> [M, N] float32, in units of log2."""
         s = self.dot(q, k, (1, 1))
-        if self.spec.soft_cap is None:
-            return s * (scale * LOG2_E)
-        return jnp.tanh(s * (scale / self.spec.soft_cap)) * jnp.float32(self.spec.soft_cap * LOG2_E)
+        return s if self.spec.soft_cap is None else jnp.tanh(s) * jnp.float32(self.spec.soft_cap * LOG2_E)
+
+
+IN_SMEM = frozenset(("kv_lens", "cu_q_lens", "counts", "write_page", "sinks", "kv_scales"))  # of Arrays
 
 
 class Arrays(NamedTuple):

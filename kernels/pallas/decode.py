@@ -29,7 +29,7 @@ class Scratch(NamedTuple):
     maximum: Any  # VMEM [packs, R, 128] f32, each row one number
     total: Any  # VMEM [packs, R, 128] f32, sums by lane
     value: Any  # VMEM [packs, R, W] f32
-    scales: Any  # VMEM [2, packs, R, 128] f32: of keys and of values; or None
+    value_scales: Any  # VMEM [packs, R, 128] f32; or None
     first_maximum: Any  # VMEM [packs, R, 128] f32: the sinks; or None
     moved: Any  # DMA semaphores [2]: queries in, results out
 
@@ -53,7 +53,7 @@ def scratch_types(call: Call) -> Scratch:
         number,
         number,
         pltpu.VMEM((packs, R, W), jnp.float32),
-        pltpu.VMEM((2, packs, R, LANES), jnp.float32) if call.scaled else None,
+        number if call.scaled else None,
         number if call.sinks else None,
         pltpu.SemaphoreType.DMA((2,)),
     )
@@ -74,7 +74,7 @@ def decode(call: Call, arrays: Arrays, stream: Stream, s: Scratch) -> None:
     groups = pl.cdiv(end_row, N)
 
     def group_copy(ref: Any, here: Any, group: Array, semaphore: int, *, out: bool) -> Any:
-        at = slice(None) if N == call.tokens else pl.ds(pl.multiple_of(group * N, min(N, SUBLANES)), N)
+        at = slice(None) if call.tokens == N else pl.ds(pl.multiple_of(group * N, min(N, SUBLANES)), N)
         there = ref.at[:, :, at]
         source, target = (here, there) if out else (there, here)
         return pltpu.make_async_copy(source, target, s.moved.at[semaphore])
@@ -92,7 +92,7 @@ def decode(call: Call, arrays: Arrays, stream: Stream, s: Scratch) -> None:
     @pl.loop(0, groups)
     def _(group: Array) -> None:
         fetch(group).wait()
-        _take_queries(call, s)
+        _take_queries(call, arrays, s)
 
         @pl.when(group + 1 < groups)
         def _() -> None:
@@ -121,8 +121,7 @@ def _spread_options(call: Call, arrays: Arrays, s: Scratch) -> None:
         for g in range(group):
             place = head // pack, pl.ds(head % pack * group + g, 1)
             if call.scaled:
-                for part in range(2):
-                    s.scales[part, *place] = jnp.full((1, LANES), arrays.kv_scales[part, head])
+                s.value_scales[*place] = jnp.full((1, LANES), arrays.kv_scales[1, head])
             if call.sinks:
                 s.first_maximum[*place] = jnp.full((1, LANES), arrays.sinks[head, g])
 
@@ -137,9 +136,10 @@ def _places(call: Call) -> list[tuple[int, int, int, int, int]]:
     ]
 
 
-def _take_queries(call: Call, s: Scratch) -> None:
+def _take_queries(call: Call, arrays: Arrays, s: Scratch) -> None:
     for head, g, pack, row, lane in _places(call):
-        s.queries[:, pack, row, pl.ds(lane, call.spec.head_dim)] = s.incoming[head, g].astype(jnp.float32)
+        q = s.incoming[head, g].astype(jnp.float32) * call.query_factor(arrays.kv_scales, head)
+        s.queries[:, pack, row, pl.ds(lane, call.spec.head_dim)] = q
 
 
 def _give_results(call: Call, s: Scratch) -> None:
@@ -152,7 +152,7 @@ def _give_results(call: Call, s: Scratch) -> None:
 def _row(call: Call, arrays: Arrays, stream: Stream, s: Scratch, row: Array, place: Array) -> None:
     """Attend from one row, whose queries are s.queries[place]."""
     start, end = span(call, arrays, row)
-    packs, R, _ = s.value.shape
+    packs = s.value.shape[0]
     queries = [s.queries[place, pack].astype(call.compute_dtype) for pack in range(packs)]
     last = stream.blocks(start, end) - 1
 
@@ -195,7 +195,7 @@ def _row(call: Call, arrays: Arrays, stream: Stream, s: Scratch, row: Array, pla
         total = jnp.sum(s.total[pack], axis=1, keepdims=True)
         result = s.value[pack] / total
         if call.scaled:
-            result = result * s.scales[1, pack][:, :1]
+            result = result * s.value_scales[pack][:, :1]
         s.results[place, pack] = result
 
 
@@ -213,8 +213,7 @@ def _scores(
 ) -> tuple[Array, Array]:  # fmt: skip
     """-> the weights of `size` tokens [R, size], and what to multiply earlier sums with [R, 128]; moves the maximum."""
     k = _heads(call, buffer, slot, offset, size, pack, values=False)
-    scale = call.spec.scale
-    scores = call.scores(q, k, widen(s.scales[0, pack], size) * scale if call.scaled else scale)
+    scores = call.scores(q, k)
     if position is not None:
         at = position + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         visible = at < end

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 LANES = 128  # a tile's last axis
 SUBLANES = 8  # tokens: what a copy may start and end at, for every dtype
+EDGE = 16  # tokens: what a load or store of queries may start and end at
 
 
 def ceil_to(n: int, multiple: int) -> int:

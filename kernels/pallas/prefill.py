@@ -1,7 +1,8 @@
-"""Attention of rows with more than one token: blocks of queries against blocks of pages, like FlashAttention-2 (Dao 2023).
+"""Attention of rows with more than one token: blocks of queries against blocks of pages (FlashAttention-2, Dao 2023).
 
-The work on one block of pages is cut into units, each a KV head and some of its query heads. While one unit's scores
-become weights and meet the values, the MXU already scores the next one.
+The work on one block of pages is cut into units, each a KV head and some of its query heads. Three units are worked on
+at a time: the MXU scores one and weighs the values of another, while the scores of the third become weights. What
+passes from stage to stage goes through VMEM, since there are not registers enough for it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.pallas.call import LOG2_E, LOWEST, Arrays, Call, first_lane, fold, pad_lanes, widen
-from kernels.pallas.layout import LANES, SUBLANES
+from kernels.pallas.layout import EDGE, LANES
 from kernels.pallas.stream import Stream
+
+MXU_TOKENS = 256  # what the widest MXU adds up by itself
 
 
 class Scratch(NamedTuple):
@@ -24,13 +27,15 @@ class Scratch(NamedTuple):
 
     incoming: Any  # VMEM [heads, group, N, D]: queries, as they come
     outgoing: Any  # VMEM [heads, group, N, value_dim]
-    edge: Any  # VMEM [heads, group, 8, value_dim]: results of the rows before, in tokens that are copied together
+    edge: Any  # VMEM [heads, group, EDGE, value_dim]: results of the rows before, in tokens that are copied together
     queries: Any  # VMEM [U, M, lanes] in the compute dtype
     maximum: Any  # VMEM [U, M, 128] f32, each row one number
     total: Any  # VMEM [U, M, 128] f32, sums by lane
     value: Any  # VMEM [U, M, lanes] f32
-    scores: Any  # VMEM [2, M, block] f32: of this unit and of the next
-    keep: Any  # VMEM [2, M, 128] f32: what to multiply earlier sums with
+    scores: Any  # VMEM [2, M, block] f32: of two units
+    weights: Any  # VMEM [2, M, block] in the compute dtype
+    keeps: Any  # VMEM [2, M, 128] f32: what to multiply earlier sums with
+    value_keeps: Any  # VMEM [2, M, 128] f32: the same, for weighted values, which come later
     fetched: Any  # DMA semaphore
     sent: Any  # DMA semaphore
     sending: Any  # SMEM [1] i32: copies of results under way
@@ -55,12 +60,14 @@ def scratch_types(call: Call) -> Scratch:
     return Scratch(
         pltpu.VMEM((layout.heads, spec.group, N, spec.head_dim), call.q_dtype),
         pltpu.VMEM((layout.heads, spec.group, N, layout.value_dim), call.q_dtype),
-        pltpu.VMEM((layout.heads, spec.group, min(SUBLANES, call.tokens), layout.value_dim), call.q_dtype),
+        pltpu.VMEM((layout.heads, spec.group, min(EDGE, call.tokens), layout.value_dim), call.q_dtype),
         pltpu.VMEM((U, M, layout.lanes), call.compute_dtype),
         number,
         number,
         pltpu.VMEM((U, M, layout.lanes), jnp.float32),
         pltpu.VMEM((2, M, call.blocks.prefill_kv), jnp.float32),
+        pltpu.VMEM((2, M, call.blocks.prefill_kv), call.compute_dtype),
+        pltpu.VMEM((2, M, LANES), jnp.float32),
         pltpu.VMEM((2, M, LANES), jnp.float32),
         pltpu.SemaphoreType.DMA,
         pltpu.SemaphoreType.DMA,
@@ -83,7 +90,7 @@ def turns(call: Call, arrays: Arrays, row: Array) -> Array:
 
 
 def _aligned(token: Array) -> Array:
-    return token // SUBLANES * SUBLANES
+    return token // EDGE * EDGE
 
 
 def find_turn(call: Call, arrays: Arrays, row: Array, turn: Array) -> Turn:
@@ -135,7 +142,7 @@ def prefill(call: Call, arrays: Arrays, stream: Stream, s: Scratch) -> None:
                 fetch(next_row, jnp.where(is_last, 0, turn + 1)).start()
 
             t = find_turn(call, arrays, row, turn)
-            _attend(call, arrays, stream, s, t, *span(call, arrays, row, turn))
+            _attend(call, stream, s, t, *span(call, arrays, row, turn))
             _give_results(call, arrays, s, t)
 
     _wait_sent(call, arrays, s)
@@ -145,7 +152,7 @@ def _tokens(ref: Any, start: Any, count: int, call: Call) -> Any:
     """-> ref [heads, group, T, D] at tokens [start, start + count)."""
     if count == call.tokens:
         return ref
-    return ref.at[:, :, pl.ds(pl.multiple_of(start, SUBLANES), count)]
+    return ref.at[:, :, pl.ds(pl.multiple_of(start, EDGE), count)]
 
 
 def _units(call: Call) -> list[tuple[int, int, int, int]]:
@@ -163,7 +170,8 @@ def _take_queries(call: Call, arrays: Arrays, s: Scratch) -> None:
     N, lanes = s.incoming.shape[2], call.layout.lanes
     for head, g, unit, place in _units(call):
         at = pl.ds(place * N, N)
-        s.queries[unit, at] = pad_lanes(s.incoming[head, g].astype(call.compute_dtype), lanes)
+        q = s.incoming[head, g].astype(jnp.float32) * call.query_factor(arrays.kv_scales, head)
+        s.queries[unit, at] = pad_lanes(q, lanes).astype(call.compute_dtype)
         if call.sinks:
             s.maximum[unit, at] = jnp.full((N, LANES), arrays.sinks[head, g] * LOG2_E)
     if call.sinks:
@@ -174,7 +182,7 @@ def _take_queries(call: Call, arrays: Arrays, s: Scratch) -> None:
     s.value[...] = jnp.zeros(s.value.shape, jnp.float32)
 
 
-def _attend(call: Call, arrays: Arrays, stream: Stream, s: Scratch, t: Turn, start: Array, end: Array) -> None:
+def _attend(call: Call, stream: Stream, s: Scratch, t: Turn, start: Array, end: Array) -> None:
     """Take in all pages of a turn."""
     units = s.queries.shape[0]
     blocks = stream.blocks(start, end)
@@ -185,21 +193,29 @@ def _attend(call: Call, arrays: Arrays, stream: Stream, s: Scratch, t: Turn, sta
     def block_of_pages(block: Array, *, masked: bool) -> None:
         slot = stream.take(start, end, block, full=not masked)
         at = start + block * stream.block
-        score = lambda unit, place: _score(call, arrays, stream.buffer, s, t, slot, at, unit, place, masked)
+        score = lambda unit, place: _score(call, stream.buffer, s, t, slot, at, unit, place, masked)
+        weigh = lambda unit, place: _weigh(s, unit, place)
         add = lambda unit, place: _add(call, stream.buffer, s, slot, at, end, unit, place, masked)
         score(0, 0)
+        if units > 1:
+            score(1, 1)
+        weigh(0, 0)
 
-        @pl.loop(0, (units - 1) // 2)
+        def step(unit: Any, place: int) -> None:
+            score(jnp.minimum(unit + 2, units - 1), place)
+            weigh(unit + 1 if place == 0 else jnp.minimum(unit + 1, units - 1), 1 - place)
+            add(unit, place)
+
+        @pl.loop(0, max(units - 2, 0) // 2)
         def _(pair: Array) -> None:
-            unit = 2 * pair
-            score(unit + 1, 1)
-            add(unit, 0)
-            score(unit + 2, 0)
-            add(unit + 1, 1)
+            step(2 * pair, 0)
+            step(2 * pair + 1, 1)
 
-        if units % 2 == 0:
-            score(units - 1, 1)
-            add(units - 2, 0)
+        if units > 2 and units % 2:
+            step(units - 3, 0)
+        if units > 1:
+            weigh(units - 1, (units - 1) % 2)
+            add(units - 2, units % 2)
         add(units - 1, (units - 1) % 2)
 
     @pl.loop(0, whole)
@@ -217,13 +233,10 @@ def _head(call: Call, unit: Any) -> Any:
 
 
 def _score(
-    call: Call, arrays: Arrays, buffer: Any, s: Scratch, t: Turn, slot: Array, at: Array, unit: Any, place: int,
-    masked: bool,
-) -> None:  # fmt: skip
+    call: Call, buffer: Any, s: Scratch, t: Turn, slot: Array, at: Array, unit: Any, place: int, masked: bool
+) -> None:
     """Scores of a unit into s.scores[place]; moves its maximum. `at`: position of the slot's first token."""
-    head = _head(call, unit)
-    scale = call.spec.scale * arrays.kv_scales[0, head] if call.scaled else call.spec.scale
-    scores = call.scores(s.queries[unit], buffer[slot, head].astype(call.compute_dtype), scale)
+    scores = call.scores(s.queries[unit], buffer[slot, _head(call, unit)].astype(call.compute_dtype))
     if masked:
         M, size = scores.shape
         N = s.incoming.shape[2]
@@ -237,28 +250,44 @@ def _score(
     before = s.maximum[unit]
     maximum = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
     s.maximum[unit] = maximum
-    s.keep[place] = jnp.exp2(before - maximum)
+    s.keeps[place] = jnp.exp2(before - maximum)
+
+
+def _weigh(s: Scratch, unit: Any, place: int) -> None:
+    """Weights of a unit into s.weights[place], some rows at a time, and into its total."""
+    _, M, size = s.scores.shape
+    rows = next(n for n in (64, 32, 16, 8, M) if M % n == 0)
+    for i in range(0, M, rows):
+        part = pl.ds(i, rows)
+        weights = jnp.exp2(s.scores[place, part] - widen(s.maximum[unit, part], size))
+        keep = s.keeps[place, part]
+        s.total[unit, part] = s.total[unit, part] * keep + fold(weights)
+        s.weights[place, part] = weights.astype(s.weights.dtype)
+        s.value_keeps[place, part] = keep
 
 
 def _add(
     call: Call, buffer: Any, s: Scratch, slot: Array, at: Array, end: Array, unit: Any, place: int, masked: bool
 ) -> None:
-    """Weights and weighted values of a unit into its sums."""
-    keep = s.keep[place]
-    weights = jnp.exp2(s.scores[place] - widen(s.maximum[unit], s.scores.shape[2]))
-    s.total[unit] = s.total[unit] * keep + fold(weights)
-    v = buffer[slot, call.layout.value_channel(_head(call, unit))].astype(call.compute_dtype)
-    if masked:  # beyond the end memory holds anything, and 0 * NaN is NaN
-        token = at + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
-        v = jnp.where(token < end, v, jnp.zeros_like(v))
-    s.value[unit] = s.value[unit] * widen(keep, v.shape[1]) + call.dot(weights.astype(v.dtype), v, (1, 0))
+    """Weighted values of a unit into its sums, as many tokens at a time as the MXU adds up."""
+    channel, size = call.layout.value_channel(_head(call, unit)), s.scores.shape[2]
+    step = min(MXU_TOKENS, size)
+    for i in range(0, size, step):
+        part = pl.ds(i, step)
+        v = buffer[slot, channel, part].astype(call.compute_dtype)
+        if masked:  # beyond the end memory holds anything, and 0 * NaN is NaN
+            token = at + i + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
+            v = jnp.where(token < end, v, jnp.zeros_like(v))
+        more = call.dot(s.weights[place, :, part], v, (1, 0))
+        before = s.value[unit] * widen(s.value_keeps[place], v.shape[1]) if i == 0 else s.value[unit]
+        s.value[unit] = before + more
 
 
 def _give_results(call: Call, arrays: Arrays, s: Scratch, t: Turn) -> None:
-    """Send the turn's own results; copies are of 8 tokens, of which the first may belong to the rows before."""
+    """Send the turn's own results; copies are of EDGE tokens, of which the first may belong to the rows before."""
     N, first_lane_, size = s.incoming.shape[2], call.layout.value_lane, call.layout.value_dim
-    unit = min(SUBLANES, call.tokens)
-    ours = jax.lax.rem(t.low, SUBLANES)  # where our tokens start in the first copy
+    unit = min(EDGE, call.tokens)
+    ours = jax.lax.rem(t.low, EDGE)  # where our tokens start in the first copy
     first, last = (t.low - t.start) // unit, pl.cdiv(t.high - t.start, unit)
     _wait_sent(call, arrays, s)
     shared = (ours > 0) & (t.low < t.high)
@@ -293,7 +322,7 @@ def _give_results(call: Call, arrays: Arrays, s: Scratch, t: Turn) -> None:
 
 
 def _send(call: Call, arrays: Arrays, s: Scratch, start: Any, offset: Any) -> Any:
-    unit = min(SUBLANES, call.tokens)
+    unit = min(EDGE, call.tokens)
     here = s.outgoing if unit == s.outgoing.shape[2] else s.outgoing.at[:, :, pl.ds(pl.multiple_of(offset, unit), unit)]
     return pltpu.make_async_copy(here, _tokens(arrays.out, start + offset, unit, call), s.sent)
 

@@ -1,4 +1,4 @@
-"""Pages of KV on their way from HBM to VMEM: started ahead, across blocks, turns and rows, in the order of their use."""
+"""Pages of KV on their way from HBM to VMEM: started ahead, across blocks, turns and rows, in order of use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.pallas.layout import Layout
+
 ROW, TURN, BLOCK, STARTED, TAKEN = range(5)  # of Stream.cursor
+
+
+def stream_types(layout: Layout, slots: int, tables: int, pages: int, dtype: Any, block: int) -> tuple[Any, ...]:
+    """-> the scratch memory of a Stream's fields from `buffer` to `cursor`, for rows of up to `pages` pages."""
+    return (
+        pltpu.VMEM((slots, layout.channels, block, layout.lanes), dtype),
+        pltpu.SemaphoreType.DMA((slots,)),
+        pltpu.SMEM((tables, 1, pages), jnp.int32),
+        pltpu.SemaphoreType.DMA((tables,)),
+        pltpu.SMEM((5,), jnp.int32),
+    )
 
 
 UNROLLED = 16  # copies that are written out one by one, so that their scalar work hides behind vector work

@@ -16,6 +16,7 @@ from jax import Array
 
 from kernels import xla
 from kernels.cuda import attention as triton
+from kernels.pallas import attention as pallas
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
+    "tpu": Backend("tpu", ("tpu",), pallas.supports, pallas.cache_spec, pallas.update_and_attend),
     "triton": Backend("triton", ("gpu",), triton.supports, triton.cache_spec, triton.update_and_attend),
     "xla": Backend("xla", ("cpu", "gpu", "tpu"), xla.supports, xla.cache_spec, xla.update_and_attend),
 }

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.pallas.call import Arrays, Call
-from kernels.pallas.layout import SUBLANES, ceil_to
+from kernels.pallas.layout import LANES, SUBLANES, ceil_to
 
 SLOTS = 8  # pieces whose copies are under way at once: half of them coming, half going
 ROW, PIECE, COUNT, WINDOW, WINDOWS = range(5)  # of a cursor
@@ -23,7 +23,7 @@ ROW, PIECE, COUNT, WINDOW, WINDOWS = range(5)  # of a cursor
 class Scratch(NamedTuple):
     pieces: Any  # VMEM [SLOTS, channels, W, lanes]: parts of pages
     windows: Any  # VMEM [SLOTS, 1 or 2, heads, N, D]: new keys and values, from HBM
-    new: Any  # VMEM [channels, W + N + W, lanes] f32: one window as it will be stored
+    new: Any  # VMEM [channels, lanes / 128, W + N + W, 128] f32: one window as it will be stored
     read: Any  # DMA semaphores [SLOTS]
     fetched: Any  # DMA semaphores [SLOTS]
     written: Any  # DMA semaphores [SLOTS]
@@ -40,7 +40,9 @@ def scratch_types(call: Call, piece: int, single: bool) -> Scratch:
     return Scratch(
         pltpu.VMEM((SLOTS, layout.channels, piece, layout.lanes), call.kv_dtype),
         pltpu.VMEM((SLOTS, parts, heads, window, dim), call.q_dtype),
-        pltpu.VMEM((layout.channels, ceil_to(2 * piece + window, SUBLANES), layout.lanes), jnp.float32),
+        pltpu.VMEM(
+            (layout.channels, layout.lanes // LANES, ceil_to(2 * piece + window, SUBLANES), LANES), jnp.float32
+        ),
         semaphores,
         semaphores,
         semaphores,
@@ -185,7 +187,10 @@ def _prepare(call: Call, arrays: Arrays, scratch: Scratch, window: Array) -> Non
                 # In the dtype of the new tokens, as `kernels.storage.stored` divides.
                 scale = arrays.kv_scales[part, head].astype(call.q_dtype).astype(jnp.float32)
                 x = (x / scale).astype(call.q_dtype).astype(jnp.float32)
-            scratch.new[channel, pl.ds(piece_size, size), pl.ds(lane, dim)] = x
+            for i in range(0, dim, LANES):
+                part = x[:, i : i + LANES]
+                at = pl.ds(piece_size, size), pl.ds(lane, part.shape[1])
+                scratch.new[channel, i // LANES, *at] = part
 
 
 def _merge(call: Call, scratch: Scratch, slot: Array, piece: Piece) -> None:
@@ -196,8 +201,9 @@ def _merge(call: Call, scratch: Scratch, slot: Array, piece: Piece) -> None:
     at = pl.ds(size + piece.shift, size)
     for channel in range(call.layout.channels):
         old = scratch.pieces[slot, channel].astype(jnp.float32)
-        new = in_range(scratch.new[channel, at, :], call.kv_dtype)
-        scratch.pieces[slot, channel] = jnp.where(is_new, new, old).astype(call.kv_dtype)
+        # Tile by tile: a load may start at any row, but only if it is one tile wide.
+        new = jnp.concatenate([scratch.new[channel, i, at, :] for i in range(lanes // LANES)], axis=1)
+        scratch.pieces[slot, channel] = jnp.where(is_new, in_range(new, call.kv_dtype), old).astype(call.kv_dtype)
 
 
 def in_range(x: Array, dtype: Any) -> Array:

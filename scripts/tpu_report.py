@@ -1,0 +1,240 @@
+"""What the TPU compiler makes of the attention kernel, ahead of time and without a TPU: a table, and JSON.
+
+    python scripts/tpu_report.py [--grid sample|full] [--only v6e llama-8b ...] [--out table.json] [--steps]
+
+For every generation, head configuration, KV dtype, page size and phase: compile time, memories, the hot loop's bundles
+per KV token, MXU issue slots used and spills by the final schedule, bytes moved over those that must be, and the time
+that follows from them. Cases that do not compile are rows too, with the error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DUMP = Path(tempfile.mkdtemp(prefix="tpu_report_"))
+os.environ.update(
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-8",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="true",
+    LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true",
+)  # fmt: skip
+
+import jax  # noqa: E402  (what it loads reads the environment)
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from tpu_schedule import Loop, Schedule, read_schedule  # noqa: E402
+
+from kernels.attention import AttentionSpec, RaggedBatch  # noqa: E402
+from kernels.pallas import attention  # noqa: E402
+from kernels.pallas.blocks import Blocks, preferred, this_chip  # noqa: E402
+from kernels.pallas.call import Call  # noqa: E402
+from kernels.pallas.layout import SUBLANES, layout_of  # noqa: E402
+
+
+class Generation(NamedTuple):
+    """Per chip. The clock is peak FLOP/s over those of a cycle: 2 * MXUs * width^2, twice that from v6e on."""
+
+    topology: str
+    bandwidth: float  # bytes/s of HBM
+    flops: float  # bf16
+    clock: float  # Hz
+    cores: int  # that a kernel does not use together, if not one
+
+
+GENERATIONS = {
+    "v4": Generation("v4:2x2x1", 1.23e12, 275e12, 1.05e9, 2),
+    "v5e": Generation("v5e:2x4", 0.82e12, 197e12, 1.5e9, 1),
+    "v5p": Generation("v5p:2x2x1", 2.76e12, 459e12, 1.75e9, 2),
+    "v6e": Generation("v6e:2x4", 1.64e12, 918e12, 1.75e9, 1),
+    "v7x": Generation("tpu7x:2x2x1", 7.4e12, 2307e12, 2.2e9, 2),
+}
+HEADS = {
+    "llama-8b": AttentionSpec(8, 4, 128, 128**-0.5),
+    "qwen3-0.6b": AttentionSpec(8, 2, 128, 128**-0.5),
+    "gemma-3": AttentionSpec(1, 4, 256, 256**-0.5, window=512),
+    "64/8": AttentionSpec(8, 8, 128, 128**-0.5),
+}
+DTYPES = ("bfloat16", "float8_e4m3fn")
+PAGES = (16, 32, 64, 128, 256)
+PHASES = ("decode", "prefill", "mixed")
+ROWS, LENGTH, CHUNK = 64, 2048, 2048  # decodes, tokens of each row's context, tokens of a step with chunks
+
+
+class Case(NamedTuple):
+    generation: str
+    heads: str
+    kv_dtype: str
+    page: int
+    phase: str
+
+
+def grid(which: str) -> list[Case]:
+    if which == "full":
+        return [Case(*c) for c in itertools.product(GENERATIONS, HEADS, DTYPES, PAGES, PHASES)]
+    return [
+        Case("v6e", "llama-8b", "bfloat16", 128, "decode"), Case("v6e", "llama-8b", "bfloat16", 128, "prefill"),
+        Case("v4", "64/8", "bfloat16", 256, "mixed"), Case("v5e", "qwen3-0.6b", "float8_e4m3fn", 16, "decode"),
+        Case("v5p", "gemma-3", "bfloat16", 64, "mixed"), Case("v7x", "llama-8b", "float8_e4m3fn", 32, "decode"),
+    ]  # fmt: skip
+
+
+def sharded(generation: str, devices: int = 1) -> tuple[Mesh, NamedSharding]:
+    """-> a mesh of a generation's chips, and the sharding that repeats an array on all of them."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=GENERATIONS[generation].topology)
+    mesh = Mesh(np.array(topology.devices[:devices]), ("model",))
+    return mesh, NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shapes(phase: str, page: int) -> tuple[RaggedBatch, int]:
+    """-> a batch's arrays and the number of its tokens."""
+    rows = 8 if phase == "prefill" else ROWS
+    tokens = ROWS if phase == "decode" else CHUNK
+    i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    return RaggedBatch(
+        i32(rows, LENGTH // page), i32(rows), i32(rows + 1), i32(), i32(), i32(tokens), i32(tokens)
+    ), tokens
+
+
+def compile_case(case: Case, blocks: Blocks | None = None) -> tuple[Any, Schedule, float]:
+    """-> the executable, the kernel's schedule, and the seconds it took."""
+    spec = HEADS[case.heads]
+    batch, tokens = batch_shapes(case.phase, case.page)
+    K, G, D = spec.num_kv_heads, spec.group, spec.head_dim
+    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    cache = attention.cache_spec(spec, ROWS * LENGTH // case.page + 1, case.page, case.kv_dtype)
+
+    def by_head(q: Any, k: Any, v: Any, cache: Any, batch: RaggedBatch) -> Any:
+        """Arguments lie as a model's projections leave them; the attention's own order is another name for that."""
+        q, k, v = q.transpose(2, 0, 1, 3), k.swapaxes(0, 1), v.swapaxes(0, 1)
+        out, cache = attention.update_and_attend(q, k, v, cache, batch, spec, blocks=blocks)
+        return out.transpose(1, 2, 0, 3), cache
+
+    mesh, sharding = sharded(case.generation)
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        (bf16(K, G, tokens, D), bf16(K, tokens, D), bf16(K, tokens, D), cache, batch),
+    )
+    shutil.rmtree(DUMP, ignore_errors=True)
+    DUMP.mkdir()
+    started = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(by_head, donate_argnums=3).trace(*shapes).lower()
+    compiled = lowered.compile()
+    return compiled, read_schedule(DUMP, "paged_attention"), time.perf_counter() - started
+
+
+def final_call(case: Case, blocks: Blocks | None = None) -> tuple[Call, int]:
+    """-> the call with the blocks that it was compiled with, and their bytes of VMEM."""
+    spec, (batch, tokens) = HEADS[case.heads], batch_shapes(case.phase, case.page)
+    mesh, _ = sharded(case.generation)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        chip = this_chip()
+    layout = layout_of(spec)
+    blocks = blocks or preferred(spec, layout, chip, case.page)
+    call = Call(spec, layout, blocks, case.page, tokens, jnp.bfloat16, jnp.dtype(case.kv_dtype), False, False)
+    rows, pages = batch.page_table.shape
+    return attention.with_fitting_blocks(call, case.phase == "decode", rows, pages, chip)
+
+
+def hot_loop(case: Case, call: Call, schedule: Schedule) -> tuple[Loop, int]:
+    """-> the loop that most of the time goes into, and the KV tokens that a turn of it takes in.
+
+    Decodes come before chunks, and in both the loop without masks comes before the one with; a window needs masks.
+    """
+    with_products = [loop for loop in schedule.loops if loop.uses["MXU"] and not any(i.uses["MXU"] for i in loop.inside)]
+    windowed = call.spec.window is not None
+    if case.phase == "decode":
+        return with_products[1 if windowed else 0], call.blocks.decode_step if windowed else call.blocks.decode_kv
+    deepest = max(loop.depth for loop in with_products)
+    chunks = [loop for loop in with_products if loop.depth == deepest]
+    return chunks[len(chunks) // 2 if windowed else 0], call.blocks.prefill_kv
+
+
+def total(loop: Loop) -> int:
+    """-> bundles of a loop and the loops in it, each taken once."""
+    return loop.bundles + sum(total(inner) for inner in loop.inside)
+
+
+def decode_bytes(call: Call, length: int) -> tuple[int, int]:
+    """-> bytes that a decode of one row moves, by its copies, and those that it must move."""
+    spec, layout, page = call.spec, call.layout, call.page_size
+    size = jnp.dtype(call.kv_dtype).itemsize
+    token = layout.channels * layout.lanes * size
+    needed = min(length, spec.window or length)
+    first = (length - needed) // page * page
+    pages = -(-length // page) - first // page
+    queries = 2 * spec.num_kv_heads * spec.group * spec.head_dim * 2
+    new = 2 * spec.num_kv_heads * spec.head_dim * 2
+    must = needed * 2 * spec.num_kv_heads * spec.head_dim * size + queries + 2 * new
+    return pages * page * token + 2 * SUBLANES * token + queries + new + 4 * (-(-length // page)), must
+
+
+def measure(case: Case, blocks: Blocks | None = None) -> dict[str, Any]:
+    """-> one row of the table. Errors: whatever the compiler raises."""
+    call, vmem = final_call(case, blocks)
+    compiled, schedule, seconds = compile_case(case, blocks)
+    loop, tokens = hot_loop(case, call, schedule)
+    memory = compiled.memory_analysis()
+    chip = GENERATIONS[case.generation]
+    row: dict[str, Any] = dict(
+        compile_s=round(seconds, 1), vmem_kib=vmem >> 10, smem_kib=round(4 * call.blocks.tables * LENGTH / case.page / 1024),
+        temporaries=memory.temp_size_in_bytes, aliased=memory.alias_size_in_bytes, bundles=loop.bundles,
+        mxu=round(loop.share("MXU", schedule.capacity), 3), spills=loop.uses["VSTORE:SPILL"],
+        spill_share=round(loop.uses["VSTORE:SPILL"] / loop.bundles, 3),
+    )  # fmt: skip
+    if case.phase == "decode":
+        moved, must = decode_bytes(call, LENGTH)
+        per_token = total(loop) / tokens
+        context = min(LENGTH, call.spec.window or LENGTH)
+        by_memory, by_core = ROWS * moved / chip.bandwidth, ROWS * context * per_token / chip.clock
+        row |= dict(
+            per_token=round(per_token, 3), moved_over_must=round(moved / must, 4),
+            predicted_us=round(1e6 * max(by_memory, by_core), 1), bound="HBM" if by_memory > by_core else "core",
+        )  # fmt: skip
+    else:
+        spec = call.spec
+        rows = min(call.blocks.prefill_q, call.tokens) * spec.group * spec.num_kv_heads
+        units = 2 if loop.depth >= 4 else 1
+        flops = 4 * min(rows, units * call.blocks.unit_rows) * call.blocks.prefill_kv * spec.head_dim
+        row["flops_share"] = round(flops / total(loop) * chip.clock * chip.cores / chip.flops, 3)
+        row["bound"] = "core"
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", choices=("sample", "full"), default="sample")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of a case that it must have, each of them")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    table: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    failed = 0
+    for case in grid(options.grid):
+        name = " ".join(map(str, case))
+        if any(part not in map(str, case) for part in options.only) or (options.grid == "full" and name in table):
+            continue
+        try:
+            table[name] = measure(case)
+        except Exception as error:  # the table says what does not compile
+            table[name] = {"error": " ".join(str(error).split())[:300]}
+            failed += 1
+        print(f"{name:44}" + "  ".join(f"{k} {v}" for k, v in table[name].items()), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(table, indent=1) + "\n")
+    shutil.rmtree(DUMP, ignore_errors=True)
+    print(f"{len(table)} cases, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -188,9 +188,9 @@ def _prepare(call: Call, arrays: Arrays, scratch: Scratch, window: Array) -> Non
                 scale = arrays.kv_scales[part, head].astype(call.q_dtype).astype(jnp.float32)
                 x = (x / scale).astype(call.q_dtype).astype(jnp.float32)
             for i in range(0, dim, LANES):
-                part = x[:, i : i + LANES]
-                at = pl.ds(piece_size, size), pl.ds(lane, part.shape[1])
-                scratch.new[channel, i // LANES, *at] = part
+                tile = x[:, i : i + LANES]
+                at = pl.ds(piece_size, size), pl.ds(lane, tile.shape[1])
+                scratch.new[channel, i // LANES, *at] = tile
 
 
 def _merge(call: Call, scratch: Scratch, slot: Array, piece: Piece) -> None:

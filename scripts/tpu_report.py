@@ -35,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from tpu_schedule import Loop, Schedule, read_schedule  # noqa: E402
 
 from kernels.attention import AttentionSpec, RaggedBatch  # noqa: E402
-from kernels.pallas import attention  # noqa: E402
+from kernels.pallas import attention, prefill  # noqa: E402
 from kernels.pallas.blocks import Blocks, preferred, this_chip  # noqa: E402
 from kernels.pallas.call import Call  # noqa: E402
 from kernels.pallas.layout import SUBLANES, layout_of  # noqa: E402
@@ -65,8 +65,9 @@ HEADS = {
     "64/8": AttentionSpec(8, 8, 128, 128**-0.5),
 }
 DTYPES = ("bfloat16", "float8_e4m3fn")
-PAGES = (16, 32, 64, 128, 256)
-PHASES = ("decode", "prefill", "mixed")
+PAGES = (128, 16, 256, 32, 64)
+PHASES = ("decode", "mixed", "prefill")
+MXU_USES = 32  # that a loop has at least if it is one of products
 ROWS, LENGTH, CHUNK = 64, 2048, 2048  # decodes, tokens of each row's context, tokens of a step with chunks
 
 
@@ -80,7 +81,8 @@ class Case(NamedTuple):
 
 def grid(which: str) -> list[Case]:
     if which == "full":
-        return [Case(*c) for c in itertools.product(GENERATIONS, HEADS, DTYPES, PAGES, PHASES)]
+        parts = itertools.product(PAGES, PHASES, DTYPES, HEADS, GENERATIONS)
+        return [Case(generation, heads, dtype, page, phase) for page, phase, dtype, heads, generation in parts]
     return [
         Case("v6e", "llama-8b", "bfloat16", 128, "decode"), Case("v6e", "llama-8b", "bfloat16", 128, "prefill"),
         Case("v4", "64/8", "bfloat16", 256, "mixed"), Case("v5e", "qwen3-0.6b", "float8_e4m3fn", 16, "decode"),
@@ -151,12 +153,13 @@ def hot_loop(case: Case, call: Call, schedule: Schedule) -> tuple[Loop, int]:
 
     Decodes come before chunks, and in both the loop without masks comes before the one with; a window needs masks.
     """
-    with_products = [loop for loop in schedule.loops if loop.uses["MXU"] and not any(i.uses["MXU"] for i in loop.inside)]
+    with_products = [loop for loop in schedule.loops if loop.uses["MXU"] >= MXU_USES]
     windowed = call.spec.window is not None
     if case.phase == "decode":
-        return with_products[1 if windowed else 0], call.blocks.decode_step if windowed else call.blocks.decode_kv
-    deepest = max(loop.depth for loop in with_products)
-    chunks = [loop for loop in with_products if loop.depth == deepest]
+        return with_products[-1 if windowed else 0], call.blocks.decode_step if windowed else call.blocks.decode_kv
+    of_chunks = with_products[2:]  # after the two of decodes
+    deepest = max(loop.depth for loop in of_chunks)
+    chunks = [loop for loop in of_chunks if loop.depth == deepest]
     return chunks[len(chunks) // 2 if windowed else 0], call.blocks.prefill_kv
 
 
@@ -202,10 +205,10 @@ def measure(case: Case, blocks: Blocks | None = None) -> dict[str, Any]:
             predicted_us=round(1e6 * max(by_memory, by_core), 1), bound="HBM" if by_memory > by_core else "core",
         )  # fmt: skip
     else:
-        spec = call.spec
-        rows = min(call.blocks.prefill_q, call.tokens) * spec.group * spec.num_kv_heads
-        units = 2 if loop.depth >= 4 else 1
-        flops = 4 * min(rows, units * call.blocks.unit_rows) * call.blocks.prefill_kv * spec.head_dim
+        some = prefill.unit_group(call)
+        units = call.layout.heads * call.spec.group // some
+        rows = some * prefill.block_tokens(call) * (2 if units >= 4 else units)  # of queries in a turn of the loop
+        flops = 4 * rows * tokens * call.spec.head_dim
         row["flops_share"] = round(flops / total(loop) * chip.clock * chip.cores / chip.flops, 3)
         row["bound"] = "core"
     return row

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 VMEM_SHARE = 0.75  # of VMEM for blocks; the compiler needs some for what it spills, and XLA for its own operands
 SMEM_SHARE = 0.75
-UNIT_ROWS = 640  # of a prefill: enough to hide the MXU's latency, and few enough that registers suffice
+UNIT_MXUS = 4  # a prefill's unit has as many rows of queries as that many MXUs are wide: enough to hide their latency
 WEIGHT_REGISTERS = 32  # of a decode's weights at once: half of a core's vector registers
 
 
@@ -46,9 +46,9 @@ class Blocks:
     pack: int  # KV heads that one product of a decode scores together
     decode_kv: int  # of a block of pages in a decode
     decode_step: int = 256  # of what is worked on together where a mask is needed
-    prefill_q: int = 160
+    prefill_q: int = 128
     prefill_kv: int = 512
-    unit_rows: int = 640  # rows of queries (tokens * query heads) of a unit, at most
+    unit_rows: int = 512  # rows of queries (tokens * query heads) of a unit, at most
     slots: int = 3  # blocks of pages in VMEM
     tables: int = 8  # rows of the page table in SMEM
     write: int = 64  # of a piece of a page that is written at once
@@ -67,9 +67,9 @@ def preferred(spec: AttentionSpec, layout: Layout, chip: Chip, page_size: int) -
         pack,
         block,
         decode_step=min(block, 256),
-        prefill_q=ceil_to(UNIT_ROWS // min(spec.group, 4), EDGE),
+        prefill_q=ceil_to(UNIT_MXUS * chip.mxu // min(spec.group, 4), EDGE),
         prefill_kv=max(512, page_size),
-        unit_rows=UNIT_ROWS,
+        unit_rows=UNIT_MXUS * chip.mxu,
     )
 
 

@@ -40,9 +40,7 @@ def scratch_types(call: Call, piece: int, single: bool) -> Scratch:
     return Scratch(
         pltpu.VMEM((SLOTS, layout.channels, piece, layout.lanes), call.kv_dtype),
         pltpu.VMEM((SLOTS, parts, heads, window, dim), call.q_dtype),
-        pltpu.VMEM(
-            (layout.channels, layout.lanes // LANES, ceil_to(2 * piece + window, SUBLANES), LANES), jnp.float32
-        ),
+        pltpu.VMEM((layout.channels, layout.lanes // LANES, ceil_to(2 * piece + window, SUBLANES), LANES), jnp.float32),
         semaphores,
         semaphores,
         semaphores,

@@ -12,27 +12,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-DUMP = Path(tempfile.mkdtemp(prefix="tpu_report_"))
-os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-8",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="true",
-    LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true",
-)  # fmt: skip
+from tpu_compiler import GENERATIONS, compile_for, mesh_of, prepare
+from tpu_schedule import Loop, Schedule, read_schedule
 
-import jax  # noqa: E402  (what it loads reads the environment)
+DUMP = Path(tempfile.mkdtemp(prefix="tpu_report_"))
+prepare(DUMP)
+
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-from tpu_schedule import Loop, Schedule, read_schedule  # noqa: E402
 
 from kernels.attention import AttentionSpec, RaggedBatch  # noqa: E402
 from kernels.pallas import attention, prefill  # noqa: E402
@@ -40,24 +33,6 @@ from kernels.pallas.blocks import Blocks, preferred, this_chip  # noqa: E402
 from kernels.pallas.call import Call  # noqa: E402
 from kernels.pallas.layout import SUBLANES, layout_of  # noqa: E402
 
-
-class Generation(NamedTuple):
-    """Per chip. The clock is peak FLOP/s over those of a cycle: 2 * MXUs * width^2, twice that from v6e on."""
-
-    topology: str
-    bandwidth: float  # bytes/s of HBM
-    flops: float  # bf16
-    clock: float  # Hz
-    cores: int  # that a kernel does not use together, if not one
-
-
-GENERATIONS = {
-    "v4": Generation("v4:2x2x1", 1.23e12, 275e12, 1.05e9, 2),
-    "v5e": Generation("v5e:2x4", 0.82e12, 197e12, 1.5e9, 1),
-    "v5p": Generation("v5p:2x2x1", 2.76e12, 459e12, 1.75e9, 2),
-    "v6e": Generation("v6e:2x4", 1.64e12, 918e12, 1.75e9, 1),
-    "v7x": Generation("tpu7x:2x2x1", 7.4e12, 2307e12, 2.2e9, 2),
-}
 HEADS = {
     "llama-8b": AttentionSpec(8, 4, 128, 128**-0.5),
     "qwen3-0.6b": AttentionSpec(8, 2, 128, 128**-0.5),
@@ -67,7 +42,6 @@ HEADS = {
 DTYPES = ("bfloat16", "float8_e4m3fn")
 PAGES = (128, 16, 256, 32, 64)
 PHASES = ("decode", "mixed", "prefill")
-MXU_USES = 32  # that a loop has at least if it is one of products
 ROWS, LENGTH, CHUNK = 64, 2048, 2048  # decodes, tokens of each row's context, tokens of a step with chunks
 
 
@@ -88,13 +62,6 @@ def grid(which: str) -> list[Case]:
         Case("v4", "64/8", "bfloat16", 256, "mixed"), Case("v5e", "qwen3-0.6b", "float8_e4m3fn", 16, "decode"),
         Case("v5p", "gemma-3", "bfloat16", 64, "mixed"), Case("v7x", "llama-8b", "float8_e4m3fn", 32, "decode"),
     ]  # fmt: skip
-
-
-def sharded(generation: str, devices: int = 1) -> tuple[Mesh, NamedSharding]:
-    """-> a mesh of a generation's chips, and the sharding that repeats an array on all of them."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=GENERATIONS[generation].topology)
-    mesh = Mesh(np.array(topology.devices[:devices]), ("model",))
-    return mesh, NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shapes(phase: str, page: int) -> tuple[RaggedBatch, int]:
@@ -121,25 +88,17 @@ def compile_case(case: Case, blocks: Blocks | None = None) -> tuple[Any, Schedul
         out, cache = attention.update_and_attend(q, k, v, cache, batch, spec, blocks=blocks)
         return out.transpose(1, 2, 0, 3), cache
 
-    mesh, sharding = sharded(case.generation)
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        (bf16(K, G, tokens, D), bf16(K, tokens, D), bf16(K, tokens, D), cache, batch),
-    )
+    shapes = bf16(K, G, tokens, D), bf16(K, tokens, D), bf16(K, tokens, D), cache, batch
     shutil.rmtree(DUMP, ignore_errors=True)
     DUMP.mkdir()
-    started = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(by_head, donate_argnums=3).trace(*shapes).lower()
-    compiled = lowered.compile()
-    return compiled, read_schedule(DUMP, "paged_attention"), time.perf_counter() - started
+    compiled, seconds = compile_for(case.generation, jax.jit(by_head, donate_argnums=3), (), shapes)
+    return compiled, read_schedule(DUMP, "paged_attention"), seconds
 
 
 def final_call(case: Case, blocks: Blocks | None = None) -> tuple[Call, int]:
     """-> the call with the blocks that it was compiled with, and their bytes of VMEM."""
     spec, (batch, tokens) = HEADS[case.heads], batch_shapes(case.phase, case.page)
-    mesh, _ = sharded(case.generation)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh_of(case.generation).abstract_mesh):
         chip = this_chip()
     layout = layout_of(spec)
     blocks = blocks or preferred(spec, layout, chip, case.page)
@@ -153,7 +112,7 @@ def hot_loop(case: Case, call: Call, schedule: Schedule) -> tuple[Loop, int]:
 
     Decodes come before chunks, and in both the loop without masks comes before the one with; a window needs masks.
     """
-    with_products = [loop for loop in schedule.loops if loop.uses["MXU"] >= MXU_USES]
+    with_products = [loop for loop in schedule.loops if loop.uses["MXU"] >= 8 and loop.bundles >= 50]
     windowed = call.spec.window is not None
     if case.phase == "decode":
         return with_products[-1 if windowed else 0], call.blocks.decode_step if windowed else call.blocks.decode_kv
@@ -182,6 +141,11 @@ def decode_bytes(call: Call, length: int) -> tuple[int, int]:
     return pages * page * token + 2 * SUBLANES * token + queries + new + 4 * (-(-length // page)), must
 
 
+def smem_bytes(call: Call) -> int:
+    """-> bytes of SMEM: rows of the page table, and what is kept of each row and token."""
+    return 4 * (call.blocks.tables * max(LENGTH // call.page_size, 128) + 2 * ROWS + call.tokens)
+
+
 def measure(case: Case, blocks: Blocks | None = None) -> dict[str, Any]:
     """-> one row of the table. Errors: whatever the compiler raises."""
     call, vmem = final_call(case, blocks)
@@ -190,7 +154,7 @@ def measure(case: Case, blocks: Blocks | None = None) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     chip = GENERATIONS[case.generation]
     row: dict[str, Any] = dict(
-        compile_s=round(seconds, 1), vmem_kib=vmem >> 10, smem_kib=round(4 * call.blocks.tables * LENGTH / case.page / 1024),
+        compile_s=round(seconds, 1), vmem_kib=vmem >> 10, smem_bytes=smem_bytes(call),
         temporaries=memory.temp_size_in_bytes, aliased=memory.alias_size_in_bytes, bundles=loop.bundles,
         mxu=round(loop.share("MXU", schedule.capacity), 3), spills=loop.uses["VSTORE:SPILL"],
         spill_share=round(loop.uses["VSTORE:SPILL"] / loop.bundles, 3),
@@ -224,7 +188,9 @@ def main() -> None:
     failed = 0
     for case in grid(options.grid):
         name = " ".join(map(str, case))
-        if any(part not in map(str, case) for part in options.only) or (options.grid == "full" and name in table):
+        if any(part not in map(str, case) for part in options.only) or (
+            options.grid == "full" and "bundles" in table.get(name, {})
+        ):
             continue
         try:
             table[name] = measure(case)

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 
 class Generation(NamedTuple):
-    """Per chip. The clock is peak FLOP/s over those of a cycle: 2 * MXUs * width^2, twice that from v6e on."""
+    """Per JAX device: a chip, but for v7x one of its two cores. The clock is peak FLOP/s over those of a cycle.
+
+    A cycle is worth 2 * MXUs * width^2 FLOP, and twice that from v6e on.
+    """
 
     topology: str
     bandwidth: float  # bytes/s of HBM
@@ -23,7 +26,7 @@ GENERATIONS = {
     "v5e": Generation("v5e:2x4", 0.82e12, 197e12, 1.5e9, 1),
     "v5p": Generation("v5p:2x2x1", 2.76e12, 459e12, 1.75e9, 2),
     "v6e": Generation("v6e:2x4", 1.64e12, 918e12, 1.75e9, 1),
-    "v7x": Generation("tpu7x:2x2x1", 7.4e12, 2307e12, 2.2e9, 2),
+    "v7x": Generation("tpu7x:2x2x1", 3.7e12, 1153e12, 2.2e9, 1),
 }
 
 

@@ -10,13 +10,12 @@ that follows from them. Cases that do not compile are rows too, with the error.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tpu_compiler import GENERATIONS, compile_for, mesh_of, prepare
 from tpu_schedule import Loop, Schedule, read_schedule
@@ -26,52 +25,13 @@ prepare(DUMP)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from tpu_cases import HEADS, LENGTH, ROWS, Case, batch_shapes, final_call, grid  # noqa: E402
 
-from kernels.attention import AttentionSpec, RaggedBatch  # noqa: E402
+from kernels.attention import RaggedBatch  # noqa: E402
 from kernels.pallas import attention, prefill  # noqa: E402
-from kernels.pallas.blocks import Blocks, preferred, this_chip  # noqa: E402
+from kernels.pallas.blocks import Blocks, Chip, this_chip  # noqa: E402
 from kernels.pallas.call import Call  # noqa: E402
-from kernels.pallas.layout import SUBLANES, layout_of  # noqa: E402
-
-HEADS = {
-    "llama-8b": AttentionSpec(8, 4, 128, 128**-0.5),
-    "qwen3-0.6b": AttentionSpec(8, 2, 128, 128**-0.5),
-    "gemma-3": AttentionSpec(1, 4, 256, 256**-0.5, window=512),
-    "64/8": AttentionSpec(8, 8, 128, 128**-0.5),
-}
-DTYPES = ("bfloat16", "float8_e4m3fn")
-PAGES = (128, 16, 256, 32, 64)
-PHASES = ("decode", "mixed", "prefill")
-ROWS, LENGTH, CHUNK = 64, 2048, 2048  # decodes, tokens of each row's context, tokens of a step with chunks
-
-
-class Case(NamedTuple):
-    generation: str
-    heads: str
-    kv_dtype: str
-    page: int
-    phase: str
-
-
-def grid(which: str) -> list[Case]:
-    if which == "full":
-        parts = itertools.product(PAGES, PHASES, DTYPES, HEADS, GENERATIONS)
-        return [Case(generation, heads, dtype, page, phase) for page, phase, dtype, heads, generation in parts]
-    return [
-        Case("v6e", "llama-8b", "bfloat16", 128, "decode"), Case("v6e", "llama-8b", "bfloat16", 128, "prefill"),
-        Case("v4", "64/8", "bfloat16", 256, "mixed"), Case("v5e", "qwen3-0.6b", "float8_e4m3fn", 16, "decode"),
-        Case("v5p", "gemma-3", "bfloat16", 64, "mixed"), Case("v7x", "llama-8b", "float8_e4m3fn", 32, "decode"),
-    ]  # fmt: skip
-
-
-def batch_shapes(phase: str, page: int) -> tuple[RaggedBatch, int]:
-    """-> a batch's arrays and the number of its tokens."""
-    rows = 8 if phase == "prefill" else ROWS
-    tokens = ROWS if phase == "decode" else CHUNK
-    i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    return RaggedBatch(
-        i32(rows, LENGTH // page), i32(rows), i32(rows + 1), i32(), i32(), i32(tokens), i32(tokens)
-    ), tokens
+from kernels.pallas.layout import SUBLANES  # noqa: E402
 
 
 def compile_case(case: Case, blocks: Blocks | None = None) -> tuple[Any, Schedule, float]:
@@ -95,16 +55,9 @@ def compile_case(case: Case, blocks: Blocks | None = None) -> tuple[Any, Schedul
     return compiled, read_schedule(DUMP, "paged_attention"), seconds
 
 
-def final_call(case: Case, blocks: Blocks | None = None) -> tuple[Call, int]:
-    """-> the call with the blocks that it was compiled with, and their bytes of VMEM."""
-    spec, (batch, tokens) = HEADS[case.heads], batch_shapes(case.phase, case.page)
-    with jax.sharding.use_abstract_mesh(mesh_of(case.generation).abstract_mesh):
-        chip = this_chip()
-    layout = layout_of(spec)
-    blocks = blocks or preferred(spec, layout, chip, case.page)
-    call = Call(spec, layout, blocks, case.page, tokens, jnp.bfloat16, jnp.dtype(case.kv_dtype), False, False)
-    rows, pages = batch.page_table.shape
-    return attention.with_fitting_blocks(call, case.phase == "decode", rows, pages, chip)
+def chip_of(generation: str) -> Chip:
+    with jax.sharding.use_abstract_mesh(mesh_of(generation).abstract_mesh):
+        return this_chip()
 
 
 def hot_loop(case: Case, call: Call, schedule: Schedule) -> tuple[Loop, int]:
@@ -148,7 +101,7 @@ def smem_bytes(call: Call) -> int:
 
 def measure(case: Case, blocks: Blocks | None = None) -> dict[str, Any]:
     """-> one row of the table. Errors: whatever the compiler raises."""
-    call, vmem = final_call(case, blocks)
+    call, vmem = final_call(case, chip_of(case.generation), blocks)
     compiled, schedule, seconds = compile_case(case, blocks)
     loop, tokens = hot_loop(case, call, schedule)
     memory = compiled.memory_analysis()

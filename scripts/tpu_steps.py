@@ -28,7 +28,7 @@ from engine.sampler import empty_tables  # noqa: E402
 from engine.step import DeviceState, step  # noqa: E402
 from kernels.attention import BACKENDS  # noqa: E402
 
-PAGE, LENGTH, PAGES = 128, 2048, 2049
+PAGE, LENGTH, PAGES = 128, 2048, 513
 STEPS = {"decode of 256": StepShape(256, 256, LENGTH // PAGE), "prefill of 2048": StepShape(8, 2048, LENGTH // PAGE)}
 MOVES = ("copy", "transpose", "pad", "reshape")
 

@@ -17,6 +17,7 @@ from kernels.pallas.blocks import Blocks, Chip, fit, fit_tables, padded_bytes, p
 from kernels.pallas.call import IN_SMEM, Arrays, Call
 from kernels.pallas.layout import EDGE, SUBLANES, ceil_to, layout_of
 from kernels.pallas.stream import Stream, stream_types
+from kernels.pallas.tuned import tuned
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, RaggedBatch
@@ -62,14 +63,16 @@ def update_and_attend(
     only_decodes = tokens <= rows
     if tokens % EDGE and tokens > SUBLANES:
         room = ceil_to(tokens, EDGE) - tokens
-        more = lambda x: None if x is None else jnp.pad(x, ((0, room),) + ((0, 0),) * (x.ndim - 1))
-        q, k, v = more(q), more(k), more(v)
+        more = lambda x: jnp.pad(x, ((0, room),) + ((0, 0),) * (x.ndim - 1))
+        q, k, v = more(q), more(k), None if v is None else more(v)
     layout, page_size = layout_of(spec), cache.shape[2]
     chip = chip or this_chip()
-    first = blocks or preferred(spec, layout, chip, page_size)
     call = Call(
-        spec, layout, first, page_size, q.shape[0], q.dtype, cache.dtype, kv_scales is not None, sinks is not None
-    )
+        spec, layout, blocks or preferred(spec, layout, chip, page_size), page_size, q.shape[0], q.dtype, cache.dtype,
+        kv_scales is not None, sinks is not None,
+    )  # fmt: skip
+    if blocks is None:
+        call = replace(call, blocks=tuned(call.blocks, call, chip.generation))
     call, vmem = with_fitting_blocks(call, only_decodes, rows, pages, chip)
     by_head = lambda x: None if x is None else x.swapaxes(0, 1)
     as_float = lambda x: None if x is None else x.astype(jnp.float32)
@@ -154,7 +157,11 @@ def _body(call: Call, arrays: Arrays, only_decodes: bool) -> None:
         pl.run_scoped(body, *used)
 
     def stream(refs: list[Any], first: Any, end: Any, turns: Any, span: Any) -> Stream:
-        return Stream(arrays.cache, arrays.table, *refs[:5], call.page_size, first, end, turns, span)
+        buffer, arrived, tables, table_arrived, cursor = refs[:5]
+        return Stream(
+            arrays.cache, arrays.table, buffer, arrived, tables, table_arrived, cursor,
+            call.page_size, first, end, turns, span,
+        )  # fmt: skip
 
     def write_rows(first: Any, end: Any, refs: list[Any]) -> None:
         write.write(call, arrays, write.Scratch(*refs), first, end)

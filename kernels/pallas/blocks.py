@@ -21,14 +21,15 @@ WEIGHT_REGISTERS = 32  # of a decode's weights at once: half of a core's vector 
 
 
 class Chip(NamedTuple):
-    """One TensorCore's memories in bytes, and the width of its MXUs."""
+    """One TensorCore's generation, its memories in bytes, and the width of its MXUs."""
 
+    generation: str
     vmem: int
     smem: int
     mxu: int
 
 
-SMALLEST = Chip(16 << 20, 1 << 20, 128)  # of the generations that there are: TPU v4
+SMALLEST = Chip("v4", 16 << 20, 1 << 20, 128)  # of the generations that there are
 
 
 def this_chip() -> Chip:
@@ -36,7 +37,7 @@ def this_chip() -> Chip:
     if not pltpu.is_tpu_device():
         return SMALLEST
     info = pltpu.get_tpu_info()
-    return Chip(info.vmem_capacity_bytes, info.smem_capacity_bytes, info.mxu_column_size)
+    return Chip(str(info.chip_version), info.vmem_capacity_bytes, info.smem_capacity_bytes, info.mxu_column_size)
 
 
 @dataclass(frozen=True)

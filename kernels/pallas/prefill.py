@@ -93,7 +93,7 @@ def _aligned(token: Array) -> Array:
     return token // EDGE * EDGE
 
 
-def find_turn(call: Call, arrays: Arrays, row: Array, turn: Array) -> Turn:
+def find_turn(call: Call, arrays: Arrays, row: Array, turn: Array | int) -> Turn:
     N = block_tokens(call)
     begin, end = arrays.cu_q_lens[row], arrays.cu_q_lens[row + 1]
     first = _aligned(begin) + turn * N
@@ -115,7 +115,7 @@ def span(call: Call, arrays: Arrays, row: Array, turn: Array) -> tuple[Array, Ar
 def prefill(call: Call, arrays: Arrays, stream: Stream, s: Scratch) -> None:
     """Attend from the rows of the stream."""
 
-    def fetch(row: Array, turn: Array) -> Any:
+    def fetch(row: Array, turn: Array | int) -> Any:
         start = find_turn(call, arrays, row, turn).start
         return pltpu.make_async_copy(_tokens(arrays.q, start, s.incoming.shape[2], call), s.incoming, s.fetched)
 

@@ -91,11 +91,11 @@ class Stream:
             here = self.buffer.at[slot]
             pltpu.make_async_copy(here, here, self.arrived.at[slot]).wait()
         else:
-            _, count = self._pages(start, end, block)
+            count = self._pages(start, end, block)[1]
 
             @pl.loop(0, count)
-            def _(_: Array) -> None:
-                self._copy(0, slot, 0).wait()
+            def _(i: Array) -> None:
+                self._copy(0, slot, i).wait()
 
         self._start_next()
         return slot

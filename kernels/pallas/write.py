@@ -104,7 +104,7 @@ def write(call: Call, arrays: Arrays, scratch: Scratch, first_row: Array, end_ro
             for i, source in enumerate(sources)
         ]
 
-    def settle(slot: Array) -> None:
+    def settle(slot: Array | int) -> None:
         """Wait until what went back from a slot is there."""
 
         @pl.when(scratch.going[slot] != 0)

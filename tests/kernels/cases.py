@@ -153,9 +153,9 @@ def _write_before(backend, spec, cache, table, befores, page, keys, values, dtyp
     starts = np.concatenate([[0], np.cumsum(befores)])
     positions = np.arange(total) - starts[row_of]
     joined = lambda parts: jnp.asarray(np.concatenate([p[:n] for p, n in zip(parts, befores, strict=True)]), dtype)
+    nothing = jnp.zeros(len(befores) + 1, jnp.int32)
     batch = RaggedBatch(
-        jnp.asarray(table[: len(befores)]), jnp.asarray(befores, jnp.int32), jnp.asarray(starts, jnp.int32),
-        jnp.int32(len(befores)), jnp.int32(0),
+        jnp.asarray(table[: len(befores)]), nothing[:-1], nothing, jnp.int32(0), jnp.int32(0),
         jnp.asarray(table[row_of, positions // page]), jnp.asarray(positions % page, jnp.int32),
     )  # fmt: skip
     q = jnp.zeros((total, spec.num_kv_heads, spec.group, spec.head_dim), dtype)

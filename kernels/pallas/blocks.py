@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 VMEM_SHARE = 0.75  # of VMEM for blocks; the compiler needs some for what it spills, and XLA for its own operands
 SMEM_SHARE = 0.75
-UNIT_MXUS = 4  # a prefill's unit has as many rows of queries as that many MXUs are wide: enough to hide their latency
+UNIT_ROWS = 512  # of queries in a prefill's unit: enough to hide the MXU's latency, few enough for the registers
 WEIGHT_REGISTERS = 32  # of a decode's weights at once: half of a core's vector registers
 
 
@@ -68,9 +68,9 @@ def preferred(spec: AttentionSpec, layout: Layout, chip: Chip, page_size: int) -
         pack,
         block,
         decode_step=min(block, 256),
-        prefill_q=ceil_to(UNIT_MXUS * chip.mxu // min(spec.group, 4), EDGE),
+        prefill_q=ceil_to(UNIT_ROWS // min(spec.group, 4), EDGE),
         prefill_kv=max(512, page_size),
-        unit_rows=UNIT_MXUS * chip.mxu,
+        unit_rows=UNIT_ROWS,
     )
 
 

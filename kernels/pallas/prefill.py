@@ -205,7 +205,7 @@ def _attend(call: Call, stream: Stream, s: Scratch, t: Turn, start: Array, end: 
             score(unit + 2, place)
             weigh(unit + 1, 1 - place)
             # The minimum changes nothing but what the compiler knows: not sure that this is neither of the other units,
-            # it does not move loads so far ahead that registers run out (v6e: 53 spills for 145, 1290 bundles for 1435).
+            # it moves loads not so far ahead that registers run out (v6e: 53 spills, not 145; 1290 bundles, not 1435).
             add(jnp.minimum(unit, units - 1), place)
 
         @pl.loop(0, max(units - 2, 0) // 2)

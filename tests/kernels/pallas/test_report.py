@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ def fresh(tmp_path_factory) -> dict[str, dict[str, Any]]:
         pytest.skip("needs libtpu, which pip install '.[tpu]' brings")
     out = tmp_path_factory.mktemp("report") / "table.json"
     command = [sys.executable, "scripts/tpu_report.py", "--out", str(out)]
-    subprocess.run(command, cwd=ROOT, env=None, check=False, timeout=600, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=600, stdout=subprocess.DEVNULL)
     return json.loads(out.read_text())
 
 

@@ -39,8 +39,8 @@ class Case(NamedTuple):
 
 def grid(which: str) -> list[Case]:
     if which == "full":
-        parts = itertools.product(PAGES, PHASES, DTYPES, HEADS, GENERATIONS)
-        return [Case(generation, heads, dtype, page, phase) for page, phase, dtype, heads, generation in parts]
+        parts = itertools.product(PHASES, PAGES, DTYPES, HEADS, GENERATIONS)
+        return [Case(generation, heads, dtype, page, phase) for phase, page, dtype, heads, generation in parts]
     return [
         Case("v6e", "llama-8b", "bfloat16", 128, "decode"), Case("v6e", "llama-8b", "bfloat16", 128, "prefill"),
         Case("v4", "64/8", "bfloat16", 256, "mixed"), Case("v5e", "qwen3-0.6b", "float8_e4m3fn", 16, "decode"),

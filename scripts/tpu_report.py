@@ -32,6 +32,7 @@ from kernels.pallas import attention, prefill  # noqa: E402
 from kernels.pallas.blocks import Blocks, Chip, this_chip  # noqa: E402
 from kernels.pallas.call import Call  # noqa: E402
 from kernels.pallas.layout import SUBLANES  # noqa: E402
+from kernels.pallas.stream import UNROLLED  # noqa: E402
 
 
 def compile_case(case: Case, blocks: Blocks | None = None) -> tuple[Any, Schedule, float]:
@@ -75,9 +76,15 @@ def hot_loop(case: Case, call: Call, schedule: Schedule) -> tuple[Loop, int]:
     return chunks[len(chunks) // 2 if windowed else 0], call.blocks.prefill_kv
 
 
-def total(loop: Loop) -> int:
-    """-> bundles of a loop and the loops in it, each taken once."""
-    return loop.bundles + sum(total(inner) for inner in loop.inside)
+def total(loop: Loop, turns: int = 1) -> int:
+    """-> bundles of a loop and of the loops in it, which take so many turns."""
+    return loop.bundles + turns * sum(total(inner) for inner in loop.inside)
+
+
+def copies_in_a_loop(call: Call) -> int:
+    """-> the turns of the loop in a decode's that starts a block's copies; 1 where they are written out."""
+    copies = call.blocks.decode_kv // call.page_size
+    return copies if copies > UNROLLED and call.spec.window is None else 1
 
 
 def decode_bytes(call: Call, length: int) -> tuple[int, int]:
@@ -114,7 +121,7 @@ def measure(case: Case, blocks: Blocks | None = None) -> dict[str, Any]:
     )  # fmt: skip
     if case.phase == "decode":
         moved, must = decode_bytes(call, LENGTH)
-        per_token = total(loop) / tokens
+        per_token = total(loop, copies_in_a_loop(call)) / tokens
         context = min(LENGTH, call.spec.window or LENGTH)
         by_memory, by_core = ROWS * moved / chip.bandwidth, ROWS * context * per_token / chip.clock
         row |= dict(
@@ -126,8 +133,9 @@ def measure(case: Case, blocks: Blocks | None = None) -> dict[str, Any]:
         units = call.layout.heads * call.spec.group // some
         rows = some * prefill.block_tokens(call) * (2 if units >= 4 else units)  # of queries in a turn of the loop
         flops = 4 * rows * tokens * call.spec.head_dim
-        row["flops_share"] = round(flops / total(loop) * chip.clock * chip.cores / chip.flops, 3)
         row["bound"] = "core"
+        if units >= 4 and call.spec.window is None:  # else the loop is not the one that repeats
+            row["flops_share"] = round(flops / total(loop) * chip.clock * chip.cores / chip.flops, 3)
     return row
 
 

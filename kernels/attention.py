@@ -17,6 +17,7 @@ from jax import Array
 
 from kernels import xla
 from kernels.cuda import attention as triton
+from kernels.pallas import attention as pallas
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ _hopper = Backend(
 BACKENDS = {  # in the order in which "auto" tries them
     "hopper": _hopper,
     "triton": _triton,
+    "tpu": Backend("tpu", ("tpu",), pallas.supports, pallas.cache_spec, pallas.update_and_attend),
     "xla": Backend("xla", ("cpu", "gpu", "tpu"), xla.supports, xla.cache_spec, xla.update_and_attend),
 }
 

@@ -56,10 +56,14 @@ CASES = (
 )
 
 
-def run(case: Case, backend: Backend, dtype: str, *, spare_rows: int = 2, spare_tokens: int = 7, seed: int = 0):
+def run(
+    case: Case, backend: Backend, dtype: str, *, spare_rows: int = 2, spare_tokens: int = 7, seed: int = 0, fill=None
+):
     """-> (what the backend gives, what the reference gives), each [tokens, K, G, D], and the new cache and the old.
 
     Pages outside the batch hold NaN, so that reading one shows. The reference sees keys and values as they are stored.
+    fill(spec, cache, table, befores, keys, values, dtype, kv_scales) -> cache with each row's tokens before this step;
+    without it, the backend writes them itself.
     """
     rng, spec, page = np.random.default_rng(seed), case.spec, case.page_size
     kv_dtype = case.kv_dtype or dtype
@@ -104,7 +108,9 @@ def run(case: Case, backend: Backend, dtype: str, *, spare_rows: int = 2, spare_
     # The cache before the step, written through the backend itself so that its layout stays its own.
     cache = jax.tree.map(lambda s: _poisoned(s.shape, s.dtype), backend.cache_spec(spec, num_pages, page, kv_dtype))
     befores = lens - counts
-    if befores.sum():
+    if fill is not None:
+        cache = fill(spec, cache, table, befores, keys, values, dtype, scales)
+    elif befores.sum():
         cache = _write_before(backend, spec, cache, table, befores, page, keys, values, dtype, options)
     # A page that the batch owns may hold stale finite numbers beyond its end, never NaN: the engine sees to that.
     owned = jnp.asarray(np.unique(table))

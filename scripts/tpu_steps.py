@@ -1,0 +1,88 @@
+"""Whole steps of a named model with the TPU backend, compiled ahead of time on one chip: memory, and what XLA adds.
+
+python scripts/tpu_steps.py [--shape llama-8b] [--generation v6e] [--layers 32] [--out steps.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tpu_compiler import GENERATIONS, compile_for, prepare
+
+prepare()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from bench_offline import SHAPES  # noqa: E402
+
+from engine.batch import StepShape, flat_size  # noqa: E402
+from engine.models.params import map_specs, param_specs  # noqa: E402
+from engine.models.read import from_hugging_face  # noqa: E402
+from engine.models.transformer import attention_spec  # noqa: E402
+from engine.slots import empty_tables  # noqa: E402
+from engine.step import DeviceState, step  # noqa: E402
+from kernels.attention import BACKENDS  # noqa: E402
+
+PAGE, LENGTH, PAGES = 128, 2048, 513
+STEPS = {"decode of 256": StepShape(256, 256), "prefill of 2048": StepShape(8, 2048)}
+MOVES = ("copy", "transpose", "pad", "reshape")
+
+
+def compile_step(name: str, generation: str, layers: int, shape: StepShape) -> tuple[Any, float]:
+    """-> the executable and the seconds it took."""
+    _, config = from_hugging_face(name, SHAPES[name])
+    config = replace(config, layers=config.layers[:layers])
+    backend = BACKENDS["tpu"]
+    params = map_specs(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16), param_specs(config))
+    caches = [backend.cache_spec(attention_spec(config, i), PAGES, PAGE, "bfloat16") for i in range(layers)]
+    tables = jax.eval_shape(lambda: empty_tables(256, LENGTH, config.vocab_size))
+    flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
+    run = jax.jit(step, static_argnums=(0, 1, 2), donate_argnums=4)
+    return compile_for(generation, run, (config, backend, shape), (params, DeviceState(caches, tables), flat))
+
+
+def moved_operands(text: str) -> dict[str, str]:
+    """-> the operations of the compiled text that only move what goes into the attention kernel, by their name."""
+    defined = dict(re.findall(r"^\s*(?:ROOT )?%([\w.-]+) = (.*)$", text, re.MULTILINE))
+    found = {}
+    for definition in defined.values():
+        call = re.search(r'custom-call\((.*?)\), custom_call_target="tpu_custom_call"', definition)
+        for operand in re.findall(r"%([\w.-]+)", call[1]) if call else ():
+            what = re.match(r"(\S+) ([\w-]+)\(", defined.get(operand, ""))
+            if what and what[2] in MOVES:
+                found[operand] = what[1]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--generation", choices=GENERATIONS, default="v6e")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--text", type=Path, help="where to put the compiled steps")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    table: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    for name, shape in STEPS.items():
+        compiled, seconds = compile_step(options.shape, options.generation, options.layers, shape)
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        if options.text:
+            options.text.with_suffix(f".{shape.tokens}.txt").write_text(text)
+        row = dict(
+            compile_s=round(seconds, 1), temporaries_mib=round(memory.temp_size_in_bytes / 2**20, 1),
+            aliased_mib=round(memory.alias_size_in_bytes / 2**20, 1), moved_for_attention=moved_operands(text),
+        )  # fmt: skip
+        title = f"{options.generation} {options.shape} {options.layers} layers, {name}"
+        table[title] = row
+        print(title, row, flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -42,24 +42,27 @@ def prepare(dump: Path | None = None) -> None:
     )
 
 
-def mesh_of(generation: str) -> Any:
-    """-> a mesh of one of the generation's chips."""
+def mesh_of(generation: str, size: int = 1) -> Any:
+    """-> a mesh of so many of the generation's devices, along "model"."""
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=GENERATIONS[generation].topology)
-    return Mesh(np.array(topology.devices[:1]), ("model",))
+    return Mesh(np.array(topology.devices[:size]), ("model",))
 
 
-def compile_for(generation: str, jitted: Any, static: tuple[Any, ...], arguments: Any) -> tuple[Any, float]:
-    """jitted(*static, *arguments), where arguments are trees of shapes -> the executable and the seconds it took."""
+def compile_for(mesh: Any, jitted: Any, static: tuple[Any, ...], arguments: Any) -> tuple[Any, float]:
+    """jitted(*static, *arguments), where arguments are trees of shapes -> the executable and the seconds it took.
+
+    A shape without a sharding is on every device of the mesh.
+    """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    mesh = mesh_of(generation)
-    here = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), arguments)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    placed = lambda a: a if a.sharding else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
+    shapes = jax.tree.map(placed, arguments)
     started = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it which generation it is
         lowered = jitted.trace(*static, *shapes).lower()

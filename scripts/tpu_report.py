@@ -52,7 +52,7 @@ def compile_case(case: Case, blocks: Blocks | None = None) -> tuple[Any, Schedul
     shapes = bf16(K, G, tokens, D), bf16(K, tokens, D), bf16(K, tokens, D), cache, batch
     shutil.rmtree(DUMP, ignore_errors=True)
     DUMP.mkdir()
-    compiled, seconds = compile_for(case.generation, jax.jit(by_head, donate_argnums=3), (), shapes)
+    compiled, seconds = compile_for(mesh_of(case.generation), jax.jit(by_head, donate_argnums=3), (), shapes)
     return compiled, read_schedule(DUMP, "paged_attention"), seconds
 
 

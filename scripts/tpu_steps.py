@@ -1,6 +1,6 @@
-"""Whole steps of a named model with the TPU backend, compiled ahead of time on one chip: memory, and what XLA adds.
+"""Whole steps of a named model with the TPU backend, compiled ahead of time: memory, and what XLA adds.
 
-python scripts/tpu_steps.py [--shape llama-8b] [--generation v6e] [--layers 32] [--out steps.json]
+python scripts/tpu_steps.py [--shape llama-8b] [--generation v6e] [--tensor-parallel 8] [--layers 32] [--out steps.json]
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tpu_compiler import GENERATIONS, compile_for, prepare
+from tpu_compiler import GENERATIONS, compile_for, mesh_of, prepare
 
 prepare()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from bench_offline import SHAPES  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from engine.batch import StepShape, flat_size  # noqa: E402
 from engine.models.params import map_specs, param_specs  # noqa: E402
@@ -27,23 +28,31 @@ from engine.models.transformer import attention_spec  # noqa: E402
 from engine.slots import empty_tables  # noqa: E402
 from engine.step import DeviceState, step  # noqa: E402
 from kernels.attention import BACKENDS  # noqa: E402
+from sharding.heads import split_heads  # noqa: E402
+from sharding.rules import partition_spec  # noqa: E402
 
 PAGE, LENGTH, PAGES = 128, 2048, 513
 STEPS = {"decode of 256": StepShape(256, 256), "prefill of 2048": StepShape(8, 2048)}
 MOVES = ("copy", "transpose", "pad", "reshape")
 
 
-def compile_step(name: str, generation: str, layers: int, shape: StepShape) -> tuple[Any, float]:
+def compile_step(name: str, mesh: Mesh, layers: int, shape: StepShape) -> tuple[Any, float]:
     """-> the executable and the seconds it took."""
+    placed = lambda spec, axes: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=NamedSharding(mesh, axes))
     _, config = from_hugging_face(name, SHAPES[name])
     config = replace(config, layers=config.layers[:layers])
     backend = BACKENDS["tpu"]
-    params = map_specs(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16), param_specs(config))
+    backend = backend._replace(update_and_attend=split_heads(backend.update_and_attend, mesh))
+    of_dtype = lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype or jnp.bfloat16)
+    params = map_specs(lambda _, spec: placed(of_dtype(spec), partition_spec(spec.axes)), param_specs(config))
     caches = [backend.cache_spec(attention_spec(config, i), PAGES, PAGE, "bfloat16") for i in range(layers)]
+    caches = [placed(cache, PartitionSpec(None, "model")) for cache in caches]
+    page_table = jax.ShapeDtypeStruct((256, LENGTH // PAGE), jnp.int32)
     tables = jax.eval_shape(lambda: empty_tables(256, LENGTH, config.vocab_size))
     flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-    run = jax.jit(step, static_argnums=(0, 1, 2), donate_argnums=4)
-    return compile_for(generation, run, (config, backend, shape), (params, DeviceState(caches, tables), flat))
+    run = jax.jit(step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+    state = DeviceState(caches, page_table, tables)  # type: ignore[arg-type]
+    return compile_for(mesh, run, (config, backend, PAGE, shape), (params, state, flat))
 
 
 def moved_operands(text: str) -> dict[str, str]:
@@ -64,12 +73,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--generation", choices=GENERATIONS, default="v6e")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="devices that share each layer")
     parser.add_argument("--text", type=Path, help="where to put the compiled steps")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     table: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    mesh = mesh_of(options.generation, options.tensor_parallel)
     for name, shape in STEPS.items():
-        compiled, seconds = compile_step(options.shape, options.generation, options.layers, shape)
+        compiled, seconds = compile_step(options.shape, mesh, options.layers, shape)
         memory, text = compiled.memory_analysis(), compiled.as_text()
         if options.text:
             options.text.with_suffix(f".{shape.tokens}.txt").write_text(text)
@@ -77,7 +88,8 @@ def main() -> None:
             compile_s=round(seconds, 1), temporaries_mib=round(memory.temp_size_in_bytes / 2**20, 1),
             aliased_mib=round(memory.alias_size_in_bytes / 2**20, 1), moved_for_attention=moved_operands(text),
         )  # fmt: skip
-        title = f"{options.generation} {options.shape} {options.layers} layers, {name}"
+        devices = f"TP {options.tensor_parallel}, " if options.tensor_parallel > 1 else ""
+        title = f"{options.generation} {options.shape} {options.layers} layers, {devices}{name}"
         table[title] = row
         print(title, row, flush=True)
         if options.out:

@@ -25,8 +25,11 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """x [T, D], weight [D, ...], bias [...] -> [T, ...]. One plain product: an einsum over axes may copy the weight."""
-    y = (x @ weight.reshape(weight.shape[0], -1)).reshape(x.shape[0], *weight.shape[1:])
+    """x [T, D], weight [D, ...], bias [...] -> [T, ...].
+
+    One product over one axis: over several it may copy the weight, and axes merged here could not be split over a mesh.
+    """
+    y = jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())))
     return y if bias is None else y + bias[None]
 
 

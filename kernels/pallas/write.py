@@ -181,10 +181,8 @@ def _prepare(call: Call, arrays: Arrays, scratch: Scratch, window: Array) -> Non
         for head in range(layout.heads):
             channel, lane = (head, 0) if part == 0 else (layout.value_channel(head), layout.value_lane)
             x = scratch.windows[window, part, head].astype(jnp.float32)
-            if call.scaled:
-                # In the dtype of the new tokens, as `kernels.storage.stored` divides.
-                scale = arrays.kv_scales[part, head].astype(call.q_dtype).astype(jnp.float32)
-                x = (x / scale).astype(call.q_dtype).astype(jnp.float32)
+            if call.scaled:  # in float32, as `kernels.storage.stored` divides
+                x = x / arrays.kv_scales[part, head]
             for i in range(0, dim, LANES):
                 tile = x[:, i : i + LANES]
                 at = pl.ds(piece_size, size), pl.ds(lane, tile.shape[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -15,8 +17,18 @@ def stored(x: Array, scale: Array | None, dtype: jnp.dtype) -> Array:
     """
     if scale is not None:
         x = x.astype(jnp.float32) / scale[None, :, None]
+    return in_range(x, dtype).astype(dtype)
+
+
+def in_range(x: Array, dtype: jnp.dtype, rounded: Callable[[Array], Array] = jnp.round) -> Array:
+    """-> x such that a cast to a dtype of one byte neither overflows nor rounds an integer down.
+
+    `rounded` rounds to the nearest integer, where a kernel has its own way of doing that.
+    """
     if jnp.dtype(dtype).itemsize > 1:
-        return x.astype(dtype)
-    integer = jnp.issubdtype(dtype, jnp.integer)
-    limit = float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
-    return jnp.clip(jnp.round(x) if integer else x, -limit, limit).astype(dtype)
+        return x
+    if not jnp.issubdtype(dtype, jnp.integer):
+        limit = float(jnp.finfo(dtype).max)
+        return jnp.clip(x, -limit, limit)
+    limit = float(jnp.iinfo(dtype).max)
+    return rounded(jnp.clip(x, -limit, limit))

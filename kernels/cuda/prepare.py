@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.cuda.tile import Tiles, launch, padded
+from kernels.storage import in_range
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, HeadInputs, RaggedBatch
@@ -94,7 +95,7 @@ def prepare(
             if "scales" in given:
                 x = [y / plgpu.load(given["scales"].at[part * K + head]) for y in x]
             rows = ((page * 2 + part) * K + head) * page_size + offset
-            store(new, rows, [within(y, new.dtype) for y in x], real & (page > 0))
+            store(new, rows, [in_range(y, new.dtype, nearest) for y in x], real & (page > 0))
 
         for member in range(G):
             store(q, (token * K + head) * G + member, turned(normed(read(member), "q_norm")), real)
@@ -115,13 +116,7 @@ def prepare(
     return q.reshape(T, K, G, D), flat.reshape(cache.shape)
 
 
-def within(x: Array, dtype: jnp.dtype) -> Array:
-    """-> float32 x kept within the range of a dtype of one byte, rounded to nearest even if it holds integers."""
-    if dtype.itemsize > 1:
-        return x
-    if not jnp.issubdtype(dtype, jnp.integer):
-        limit = float(jnp.finfo(dtype).max)
-        return jnp.clip(x, -limit, limit)
-    limit = float(jnp.iinfo(dtype).max)
-    shift = jnp.float32(3 << 22)  # where float32's last bit is worth 1: Triton has no rounding
-    return (jnp.clip(x, -limit, limit) + shift) - shift
+def nearest(x: Array) -> Array:
+    """-> x, float32 of less than 2^22, rounded to the nearest integer: Triton has no rounding."""
+    shift = jnp.float32(3 << 22)  # where float32's last bit is worth 1
+    return (x + shift) - shift

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.pallas.call import Arrays, Call
 from kernels.pallas.layout import LANES, SUBLANES, ceil_to
+from kernels.storage import in_range
 
 SLOTS = 8  # pieces whose copies are under way at once: half of them coming, half going
 ROW, PIECE, COUNT, WINDOW, WINDOWS = range(5)  # of a cursor
@@ -200,12 +201,3 @@ def _merge(call: Call, scratch: Scratch, slot: Array, piece: Piece) -> None:
         # Tile by tile: a load may start at any row, but only if it is one tile wide.
         new = jnp.concatenate([scratch.new[channel, i, at, :] for i in range(lanes // LANES)], axis=1)
         scratch.pieces[slot, channel] = jnp.where(is_new, in_range(new, call.kv_dtype), old).astype(call.kv_dtype)
-
-
-def in_range(x: Array, dtype: Any) -> Array:
-    """-> x [M, N] float32 such that a cast to a dtype of one byte neither overflows nor rounds an integer down."""
-    if jnp.dtype(dtype).itemsize > 1:
-        return x
-    integer = jnp.issubdtype(dtype, jnp.integer)
-    limit = float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
-    return jnp.clip(jnp.round(x) if integer else x, -limit, limit)

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from engine.batch import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
 from engine.config import EngineConfig, ResolvedConfig
 from engine.executables import ExecutableCache
 from engine.memory import MemoryPlan, plan_memory
@@ -29,6 +28,7 @@ from engine.request import Request
 from engine.scheduler import StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
 from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
+from engine.step_input import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
 from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them

@@ -68,6 +68,7 @@ class EngineConfig:
         None, "For every chat: a Jinja file, Jinja, or the name of one of the model's."
     )
     compilation_cache_dir: str | None = _setting(None, "JAX's persistent cache; default: in the user's cache folder.")
+    profile_dir: str | None = _setting(None, "Folder for profiler traces; without it none can be asked for.")
     seed: int = _setting(0, "Draws the seeds of requests that name none, and dummy weights.", kind=int)
 
     def __post_init__(self):

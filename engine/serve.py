@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import app, flags
 
+from engine.command_line import normalize
 from engine.config import config_from_flags, define_flags
 from engine.server import ServerOptions, run
 from engine.server.tool_calls import PARSERS
@@ -36,22 +37,6 @@ _SERVER_FLAGS = (
 )  # fmt: skip
 
 
-def normalize(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
-    """-> argv with --max-num-seqs as --max_num_seqs, and --no-enable-x as absl's --noenable_x."""
-    normal = []
-    for i, argument in enumerate(argv):
-        if argument == "--":
-            return [*normal, *argv[i:]]
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            name = name.replace("-", "_")
-            if name.startswith("no_") and name not in values and name[3:] in values:
-                name = "no" + name[3:]
-            argument = f"--{name}{equals}{value}"
-        normal.append(argument)
-    return normal
-
-
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting is a flag")
@@ -75,4 +60,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, argv=normalize(sys.argv))
+    app.run(main, argv=normalize(sys.argv, FLAGS))

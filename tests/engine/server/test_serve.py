@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from engine.command_line import normalize
 from engine.config import EngineConfig
-from engine.serve import FLAGS
+from engine.serve import define
 from engine.server import ServerOptions
+
+FLAGS = flags.FlagValues()
+define(FLAGS)
 
 
 @pytest.mark.parametrize(

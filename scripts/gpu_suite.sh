@@ -29,7 +29,7 @@ full='{"gpu_memory_utilization": 0.95}'
     part kernels 60 "$python" scripts/check_kernels.py --backend triton --out "$parts/kernels.json"
     part hopper 80 "$python" scripts/check_kernels.py --few --out "$parts/hopper.json"
     part attention 60 "$python" scripts/bench_kernels.py --out "$parts/attention.json"
-    part startup 100 "$python" scripts/bench_startup.py --shape llama-8b --out "$parts/startup.json"
+    part startup 100 "$python" -m engine.bench startup --shape llama-8b --max-model-len 4096 --num-iters-cold 1 --num-iters-warm 1 --output-json "$parts/startup.json"
     part qwen3-0.6b 110 "$python" scripts/bench_offline.py --shape qwen3-0.6b --settings "$full" --out "$parts/qwen3-0.6b.json"
     part llama-8b 160 "$python" scripts/bench_offline.py --shape llama-8b --settings "$full" --out "$parts/llama-8b.json"
     part experts 40 "$python" scripts/bench_moe.py --tokens 8,256,2048 --out "$parts/experts.json"

@@ -18,9 +18,9 @@ prepare()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from bench_offline import SHAPES  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
+from engine.bench.shapes import SHAPES  # noqa: E402
 from engine.models.params import map_specs, param_specs  # noqa: E402
 from engine.models.read import from_hugging_face  # noqa: E402
 from engine.models.transformer import attention_spec  # noqa: E402

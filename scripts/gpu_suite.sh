@@ -2,12 +2,14 @@
 # Everything that needs an NVIDIA card, in one go of under 9 minutes: kernels against the reference, their benchmark,
 # the six offline workloads on two shapes, start-up, sampling, experts, the tokens of both attention backends, memory.
 #
-#   bash scripts/gpu_suite.sh OUT_FOLDER [PYTHON]
+#   bash scripts/gpu_suite.sh OUT_FOLDER [PYTHON [PART ...]]
 #
-# Leaves OUT_FOLDER/suite.json and OUT_FOLDER/suite.log. PYTHON has the project's dependencies.
+# Leaves OUT_FOLDER/suite.json and OUT_FOLDER/suite.log. PYTHON has the project's dependencies. PARTs, by the names
+# below, are those to run: all if there are none.
 set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 python=${2:-python3}
+wanted=" ${*:3} "
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 parts=$(mktemp -d)
@@ -19,6 +21,7 @@ watcher=$!
 part() { # name, seconds, command: what fails or takes too long is named at the end, and the rest goes on
     local name=$1 limit=$2 started=$SECONDS
     shift 2
+    [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
     echo "== $name: $*"
     timeout "$limit" "$@" 2> >(grep -v cuda_timer >&2) && status=0 || status=$?
     echo "$name $status $((SECONDS - started))" >>"$parts/status"

@@ -1,6 +1,6 @@
 """What the TPU compiler makes of the attention kernel, ahead of time and without a TPU: a table, and JSON.
 
-    python scripts/tpu_report.py [--grid sample|full] [--only v6e llama-8b ...] [--out table.json] [--steps]
+    python scripts/tpu_report.py [--grid sample|full] [--only v6e llama-8b ...] [--out table.json]
 
 For every generation, head configuration, KV dtype, page size and phase: compile time, memories, the hot loop's bundles
 per KV token, MXU issue slots used and spills by the final schedule, bytes moved over those that must be, and the time

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from engine.batch import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
 from engine.config import EngineConfig, ResolvedConfig
-from engine.memory import MemoryPlan, plan_memory
+from engine.executables import ExecutableCache
+from engine.memory import RESERVE, MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.params import Params, abstract_params
 from engine.models.transformer import attention_spec
@@ -28,6 +29,7 @@ from engine.request import Request
 from engine.scheduler import StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
 from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
+from engine.step_input import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
 from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
@@ -56,15 +58,19 @@ class Runner:
         model: ModelConfig,
         load: Callable[[], Params],
         report: Callable[[str], None],
+        cache_folder: Path | None = None,
     ):
-        """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too."""
-        self.model, self.num_traces = model, 0
+        """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too.
+
+        `cache_folder`: where compiled steps are kept between processes, if at all.
+        """
+        self.model, self.num_traces, self._lowering = model, 0, Lock()
         device = jax.devices()[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        self._abstract_params = abstract_params(model, resolved.dtype)
+        params, self._dtype = abstract_params(model, resolved.dtype), resolved.dtype
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
-        specs = [attention_spec(model, i) for i in range(len(model.layers))]
-        self.backend = choose_backend(config.attention_backend, device.platform, set(specs), page, kv_dtype)
+        specs = {attention_spec(model, i) for i in range(len(model.layers))}
+        self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
         pages_per_row = -(-resolved.max_model_len // page)
@@ -74,7 +80,8 @@ class Runner:
         self.page_size = page
         new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
 
-        def state_spec(num_pages: int) -> DeviceState:
+        def state_spec(num_pages: int, model: ModelConfig = model) -> DeviceState:
+            specs = [attention_spec(model, i) for i in range(len(model.layers))]
             caches = [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
             page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
             return DeviceState(caches, page_table, jax.eval_shape(new_tables))  # type: ignore[arg-type]
@@ -87,22 +94,30 @@ class Runner:
         sizes = partial(
             plan_memory, config, resolved, device,
             in_use=in_use,
-            weights=_tree_bytes(self._abstract_params),
+            weights=_tree_bytes(params),
             tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
             page_bytes=_tree_bytes(state_spec(1).kv_caches),
         )  # fmt: skip
+        identity = (model, resolved, self.backend.name, params)
+        self._cache = ExecutableCache(cache_folder, device, *identity)
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
         with ThreadPoolExecutor(1, "load") as loader:
             loading = loader.submit(load)
-            if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
-                plan = sizes(temporaries=0)
-            else:
-                plan = sizes(temporaries=_temporaries(self._compile(largest, state_spec(pages_per_row + 1))))
-            state = state_spec(plan.num_pages)
-            self.executables = self._compile_all(state, loading, report)
+            temporaries = 0
+            if device.platform != "cpu":  # where nothing depends on them
+                small = replace(model, layers=tuple(dict.fromkeys(model.layers)) * 2)
+                measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1, small), small))
+                temporaries = self._cache.get_number("temporaries", measure)
+            while True:
+                plan = sizes(temporaries=temporaries)
+                state = state_spec(plan.num_pages)
+                self.executables = self._compile_all(state, plan.num_pages, loading, report)
+                # Planned once: the pool hands out the pages that the cache has, whatever is in use since.
+                self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
+                if device.platform == "cpu" or self.memory.temporaries <= temporaries + RESERVE // 2:
+                    break
+                temporaries = self.memory.temporaries  # two layers of each kind told too little
             self.params = loading.result()
-        # Planned once: the pool must hand out the pages that the cache has, whatever compiling left in use since.
-        self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
         for line in self.memory.describe(resolved.max_model_len):
             report(line)
         empty = (state.kv_caches, state.page_table)
@@ -110,22 +125,25 @@ class Runner:
         kv_caches, page_table = zeros()
         self.state = DeviceState(kv_caches, page_table, jax.jit(new_tables)())
         self._prepare_slots()
+        Thread(target=self._cache.save_new, name="save steps").start()
 
-    def _compile(self, shape: StepShape, state: DeviceState) -> Any:
-        """-> the executable of a step. The step that long prompts fill gets the kernels that take long to compile."""
+    def _compile(self, shape: StepShape, state: DeviceState, model: ModelConfig) -> Any:
+        """-> the executable of a step of `model`. The one that long prompts fill gets the slow-to-compile kernels."""
         fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
         backend = self.backend if fullest else self.backend.lesser or self.backend
         options: dict[str, Any] | None = None
         if jax.devices()[0].platform == "gpu" and shape.tokens > TUNED_TOKENS:
             options = NO_TRITON if fullest else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-        lowered = self._step.lower(self.model, backend, self.page_size, shape, self._abstract_params, state, flat)
+        with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
+            params = abstract_params(model, self._dtype)
+            lowered = self._step.lower(model, backend, self.page_size, shape, params, state, flat)
         return lowered.compile(options)
 
     def _compile_all(
-        self, state: DeviceState, loading: Future[Params], report: Callable[[str], None]
+        self, state: DeviceState, num_pages: int, loading: Future[Params], report: Callable[[str], None]
     ) -> dict[StepShape, Any]:
-        """-> every step's executable. Gives up as soon as loading has failed."""
+        """-> every step's executable, from the cache or compiled. Gives up as soon as loading has failed."""
         started = time.perf_counter()
         report(f"compiling {len(self.shapes)} step shapes")
         executables = {}
@@ -135,7 +153,8 @@ class Runner:
         def compile_one(shape: StepShape) -> tuple[StepShape, Any]:
             if loading.done():
                 loading.result()
-            return shape, self._compile(shape, state)
+            name = f"{shape.rows}x{shape.tokens}{'-plain' * shape.plain}-{num_pages}-pages"
+            return shape, self._cache.get(name, lambda: self._compile(shape, state, self.model))
 
         slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
         with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
@@ -147,15 +166,17 @@ class Runner:
 
     def _prepare_slots(self) -> None:
         """Compile the small functions that run before some steps."""
-        tables, nowhere = self.state.tables, jnp.zeros(COPIES, jnp.int32)
-        table, ints = self.state.page_table, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-        rows = jax.jit(write_page_table, donate_argnums=0)
-        self._write_pages = rows.lower(table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1])).compile()
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
-        slot = jax.ShapeDtypeStruct((), jnp.int32)
-        self._write_slot = jax.jit(write_slot, donate_argnums=0).lower(tables, slot, abstract).compile()
-        copy = jax.jit(copy_pages, donate_argnums=0)
-        self._copy_pages = copy.lower(self.state.kv_caches, nowhere, nowhere).compile()
+
+        def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+            lower = jax.jit(function, donate_argnums=0).lower
+            return self._cache.get(f"{function.__name__}-{self.num_pages}-pages", lambda: lower(*arguments).compile())
+
+        tables, table = self.state.tables, self.state.page_table
+        ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        slot = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
+        self._write_pages = compiled(write_page_table, table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1]))
+        self._write_slot = compiled(write_slot, tables, ints(), slot)
+        self._copy_pages = compiled(copy_pages, self.state.kv_caches, ints(COPIES), ints(COPIES))
 
     @property
     def num_pages(self) -> int:
@@ -177,7 +198,8 @@ class Runner:
             self.state = replace(self.state, page_table=self._write_pages(self.state.page_table, slots, rows))
         flat = self.builder.build(plan, shape)
         self.state, output = self.executables[shape](self.params, self.state, flat)
-        output.sampled.token.copy_to_host_async()
+        for part in jax.tree.leaves(output.sampled):
+            part.copy_to_host_async()
         return Launched(plan, output)
 
     def collect(self, launched: Launched) -> np.ndarray:
@@ -189,14 +211,6 @@ class Runner:
         assert request.slot is not None
         tables = self._write_slot(self.state.tables, np.int32(request.slot), row)
         self.state = replace(self.state, tables=tables)
-
-
-def enable_compilation_cache(folder: str | None) -> None:
-    """Keep compiled steps in JAX's persistent cache, unless the user has set one up already."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        path = Path(folder) if folder else Path.home() / ".cache" / "quire" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""`python -m tests.engine.batch.fake_batch IN OUT [STEP_SECONDS]`: a batch with a fake model; prints its peak MB."""
+"""`python -m tests.engine.batch.fake_batch IN OUT [STEP_SECONDS]`: a batch with a fake model."""
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ def main(source: str, target: str, step_seconds: str = "0") -> None:
     journal = Journal(Path(target))
     Batch(core, journal, model="fake").run(Path(source))
     journal.close()
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000:.0f}")
 
 
 if __name__ == "__main__":

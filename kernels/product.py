@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels import cpu
 from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
 
 
@@ -48,7 +50,9 @@ def as_matrix(weight: QuantizedTensor) -> QuantizedTensor:
 
 def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
     """x [T, K], weight [N, K] -> [T, N] in `dtype`, by what the platform has for the weight's format."""
-    return reference(x, weight, dtype)
+    plain = partial(reference, dtype=dtype)
+    on_cpu = partial(cpu.few_tokens, dtype=dtype) if cpu.supports(x.shape[0], weight) else plain
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=plain)
 
 
 def reference(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:

@@ -59,15 +59,17 @@ class Runner:
         load: Callable[[], Params],
         report: Callable[[str], None],
         cache_folder: Path | None = None,
+        abstract: Params | None = None,
     ):
         """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too.
 
-        `cache_folder`: where compiled steps are kept between processes, if at all.
+        `cache_folder`: where compiled steps are kept between processes, if at all. `abstract`: the parameters' shapes
+        and dtypes, if they are not all of the resolved dtype.
         """
         self.model, self.num_traces, self._lowering = model, 0, Lock()
         device = jax.devices()[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        self._abstract_params = abstract_params(model, resolved.dtype)
+        self._abstract_params = abstract_params(model, resolved.dtype) if abstract is None else abstract
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
         specs = [attention_spec(model, i) for i in range(len(model.layers))]
         self.backend = choose_backend(config.attention_backend, device.platform, set(specs), page, kv_dtype)

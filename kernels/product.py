@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels import cpu
-from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
+from kernels.quantized import Joined, QuantizedTensor, Weight, dequantize, quantize_activations
 
 
-def product(x: Array, weight: Array | QuantizedTensor) -> Array:
+def product(x: Array, weight: Weight) -> Array:
     """x [T, *in], weight [*in, *out] as the model sees it -> [T, *out] in x's dtype.
 
     A plain product is over one axis: over several it may copy the weight, and axes merged here could not be split
     over a mesh.
     """
+    if isinstance(weight, Joined):
+        return jnp.concatenate([product(x, piece) for piece in weight.pieces], axis=1 + weight.axis)
     flat = x.reshape(x.shape[0], -1)
     if isinstance(weight, QuantizedTensor):
         y = matrix_product(flat, as_matrix(weight), x.dtype)

@@ -86,6 +86,17 @@ class QuantizedTensor:
         return self.values.shape[:-1]
 
 
+@struct.dataclass
+class Joined:
+    """A weight in pieces along an axis of its outputs, each quantized in its own way, or plain."""
+
+    axis: int = struct.field(pytree_node=False)
+    pieces: tuple[Array | QuantizedTensor, ...]
+
+
+Weight = Array | QuantizedTensor | Joined
+
+
 def split_of(inputs: int) -> int:
     """-> the split for K inputs: 128 where 256 divides K, else the largest power of two that fits."""
     return math.gcd(SPLIT, inputs // 2)

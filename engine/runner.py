@@ -59,15 +59,18 @@ class Runner:
         load: Callable[[], Params],
         report: Callable[[str], None],
         cache_folder: Path | None = None,
+        abstract: Callable[[ModelConfig], Params] | None = None,
     ):
         """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too.
 
-        `cache_folder`: where compiled steps are kept between processes, if at all.
+        `cache_folder`: where compiled steps are kept between processes, if at all. `abstract`: a model's
+        parameters' shapes and dtypes, if they are not all of the resolved dtype.
         """
         self.model, self.num_traces, self._lowering = model, 0, Lock()
         device = jax.devices()[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        params, self._dtype = abstract_params(model, resolved.dtype), resolved.dtype
+        self._abstract = abstract or partial(abstract_params, dtype=resolved.dtype)
+        params = self._abstract(model)
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
         specs = {attention_spec(model, i) for i in range(len(model.layers))}
         self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
@@ -136,7 +139,7 @@ class Runner:
             options = NO_TRITON if fullest else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
-            params = abstract_params(model, self._dtype)
+            params = self._abstract(model)
             lowered = self._step.lower(model, backend, self.page_size, shape, params, state, flat)
         return lowered.compile(options)
 

@@ -47,7 +47,7 @@ class Shared(NamedTuple):
     free: Any
 
 
-def supports(M: int, N: int, K: int, rows: int = 128) -> bool:
+def supports(N: int, K: int, rows: int = 128) -> bool:
     """-> whether the kernel takes a product of this shape, on a device and JAX that have it."""
     return N % (GROUPS * ROWS * BLOCK // rows) == 0 and K % BLOCK == 0 and jax.__version_info__[:2] == JAX
 
@@ -83,9 +83,9 @@ def block_product(
             """do(row, column, step) for each of a program's tiles; `step` counts turns from its start on."""
 
             def one(i: Any, _: Any) -> None:
-                tile = i * plan.programs + program
-                inside = tile % (band * across)
-                row = (tile // (band * across)) * band + inside % band
+                place = i * plan.programs + program
+                inside = place % (band * across)
+                row = place // (band * across) * band + inside % band
                 do(row * rows, inside // band * plan.columns, i * turns)
 
             mine = tiles // plan.programs + (program < tiles % plan.programs).astype(jnp.int32)
@@ -150,7 +150,9 @@ def block_product(
             for_each_tile(multiply)
             plgpu.wait_smem_to_gmem(0)
 
-    tiled = lambda width: {"transforms": (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))}
+    def tile(shape: tuple[int, ...], dtype: Any, width: int) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)))
+
     run = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((M, N), dtype),
@@ -159,10 +161,10 @@ def block_product(
         num_threads=GROUPS + 1,
         thread_name="group",
         scratch_types=[
-            plgpu.SMEM((stages, rows, BLOCK), x.dtype, **tiled(128)),
+            tile((stages, rows, BLOCK), x.dtype, 128),
             plgpu.SMEM((stages, rows), jnp.float32),
-            plgpu.SMEM((stages, plan.columns, BLOCK), x.dtype, **tiled(128)),
-            plgpu.SMEM((GROUPS, ROWS, BLOCK), dtype, **tiled(64)),
+            tile((stages, plan.columns, BLOCK), x.dtype, 128),
+            tile((GROUPS, ROWS, BLOCK), dtype, 64),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
         ],

@@ -1,4 +1,4 @@
-"""What the GPU's kernels for products with quantized weights share: how a product is cut into programs, and its launch."""
+"""What the GPU's products with quantized weights share: how one is cut into programs, and their launch."""
 
 from __future__ import annotations
 

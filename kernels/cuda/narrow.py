@@ -36,7 +36,7 @@ def narrow_product(
     group, together = K // scales.shape[1], N // scales.shape[0]
     depth = min(tile.depth, group)
     turns = K // depth // tile.splits
-    assert K == turns * depth * tile.splits and group % depth == 0, (K, group, tile)
+    assert turns * depth * tile.splits == K and group % depth == 0, (K, group, tile)
     assert x_scales is not None or (depth == group and weight.dtype == jnp.float8_e4m3fn), (group, tile)
 
     def kernel(x: Any, *refs: Any) -> None:

@@ -14,9 +14,11 @@ from kernels.cuda.matrix import Tile
 from kernels.cuda.narrow import narrow_product
 from kernels.cuda.packed import packed_product, supports
 from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
+from kernels.tuned import file_name, found_for
 
 THIN = 64  # tokens up to which reading the weight takes longest
 SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor that a program may have
+KERNELS = ("triton", "inside", "hopper", "library")
 CHANNEL, BLOCK, PACKED = "channel", "block", "packed"  # what kernels tell apart
 
 
@@ -53,6 +55,42 @@ def default_plan(kind: str, M: int, N: int, K: int, group: int) -> Plan:
         columns = 32 if N <= 8192 else 64
         return Plan("inside" if kind == BLOCK else "triton", Tile(16, columns, 128, stages=5))
     return Plan("triton", Tile(rows, 64 if rows < 128 else 128, 128, warps=4 if rows < 128 else 8, stages=3))
+
+
+def dtype_name(weight: QuantizedTensor) -> str:
+    """-> a weight's format, as names of tuned files have it."""
+    layout = weight.layout
+    group = f"{weight.inputs // weight.scales.shape[1]}x{layout.rows}"
+    extra = [name for name in ("zeros", "minima") if getattr(weight, name) is not None]
+    return " ".join([layout.format, group, layout.activations, *extra])
+
+
+def tuned_plan(kind: str, weight: QuantizedTensor, M: int, device: str) -> Plan:
+    """-> what was found to be best for a device and a batch, or else the default."""
+    N, K = weight.values.shape[0], weight.inputs
+    name = file_name("product", {"N": N, "K": K}, dtype_name(weight), device)
+    entry = found_for(name, M)
+    if entry is None:
+        return default_plan(kind, M, N, K, K // weight.scales.shape[1])
+    return plan_of(entry, name)
+
+
+def plan_of(entry: dict[str, Any], name: str) -> Plan:
+    """-> a file's entry. Errors: ValueError that names the file."""
+    sizes = {key: value for key, value in entry.items() if key not in ("kernel", "us")}
+    if entry.get("kernel") not in KERNELS or set(sizes) - set(Tile._fields):
+        raise ValueError(f"kernels/tuned/{name}: {entry} names no kernel and tile; remove the file or tune again")
+    return Plan(entry["kernel"], Tile(**sizes))
+
+
+def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
+    """x [M, K], weight [N, K] -> [M, N] in `dtype`, by the kernel that is best for this GPU."""
+    kind = kind_of(weight)
+    device = jax.local_devices()[0].device_kind
+    plan = Plan("library") if kind is None else tuned_plan(kind, weight, x.shape[0], device)
+    if plan.kernel == "hopper" and not hopper_narrow.supports(weight.values.shape[0], weight.inputs):
+        plan = Plan("triton", Tile(128, 128, 128, warps=8, stages=3))
+    return multiply(x, weight, dtype, plan)
 
 
 def on_hopper() -> bool:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from engine.batch import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
 from engine.models.config import ModelConfig
 from engine.models.params import Params
 from engine.models.transformer import forward, logits
 from engine.request import MAX_LOGPROBS
 from engine.sampler import SampleOutput, SamplingInput, SlotTables, prompt_logprobs, sample
+from engine.step_input import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
 from kernels.attention import Backend, RaggedBatch
 
 
@@ -55,7 +55,7 @@ def step(
     state: DeviceState,
     flat: Array,
 ) -> tuple[DeviceState, StepOutput]:
-    """Compute one step. `flat` is batch.BatchBuilder.build's int32 array; what comes before `params` is static."""
+    """Compute one step. `flat` is BatchBuilder.build's int32 array; what comes before `params` is static."""
     part = unpack(flat, shape)
     # Padding has slots out of range: it changes nothing, reads page 0 and writes there.
     page_table = state.page_table.at[part["slots"], part["new_page_at"]].set(part["new_page"], mode="drop")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
+from kernels import cpu
+from kernels.quantized import Joined, QuantizedTensor, Weight, dequantize, quantize_activations
 
 
-def product(x: Array, weight: Array | QuantizedTensor) -> Array:
+def product(x: Array, weight: Weight) -> Array:
     """x [T, *in], weight [*in, *out] as the model sees it -> [T, *out] in x's dtype.
 
     A plain product is over one axis: over several it may copy the weight, and axes merged here could not be split
     over a mesh.
     """
+    if isinstance(weight, Joined):
+        return jnp.concatenate([product(x, piece) for piece in weight.pieces], axis=1 + weight.axis)
     flat = x.reshape(x.shape[0], -1)
     if isinstance(weight, QuantizedTensor):
         y = matrix_product(flat, as_matrix(weight), x.dtype)
@@ -48,7 +52,9 @@ def as_matrix(weight: QuantizedTensor) -> QuantizedTensor:
 
 def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
     """x [T, K], weight [N, K] -> [T, N] in `dtype`, by what the platform has for the weight's format."""
-    return reference(x, weight, dtype)
+    plain = partial(reference, dtype=dtype)
+    on_cpu = partial(cpu.few_tokens, dtype=dtype) if cpu.supports(x.shape[0], weight) else plain
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=plain)
 
 
 def reference(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:

@@ -19,15 +19,11 @@ ROWS = 32  # of a program, which has one group of their inputs
 
 
 def narrowed(x: Array) -> tuple[Array, Array]:
-    """x [T, G], a group of inputs of some tokens -> the same in FP8, and its scales [T] f32. For kernels and others.
-
-    The largest becomes 448, whose quotients differ from kernels.quantized's by their last bit, as a product of an
-    inverse: a number that lies between two of FP8's may become the other one.
-    """
+    """x [T, G], a group of inputs of some tokens -> the same in FP8, and its scales [T] f32. Within kernels."""
     x = x.astype(jnp.float32)
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=1), LEAST)
-    x = jnp.clip(x * (FP8_MAX / largest)[:, None], -FP8_MAX, FP8_MAX)
-    return x.astype(jnp.float8_e4m3fn), largest * (1 / FP8_MAX)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1), LEAST) / FP8_MAX
+    x = jnp.clip(x / scale[:, None], -FP8_MAX, FP8_MAX)
+    return x.astype(jnp.float8_e4m3fn), scale
 
 
 def narrow(x: Array, group: int, *, interpret: bool = False) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Products of wide activations with weights in 4, 6 or 8 bits that are unpacked in registers, in Triton.
+"""Products of wide activations with weights of 4, 6 or 8 bits that are unpacked in registers, in Triton.
 
 Numbers that share a scale with all that is multiplied at a time stay whole numbers, and their product is scaled; of
 smaller groups each number is. Either way the weight reaches the tensor cores in x's dtype, and sums are float32.
@@ -25,8 +25,6 @@ def supports(weight: QuantizedTensor) -> str | None:
     layout, groups = weight.layout, weight.scales.shape[-1]
     if layout.packing == 2 and layout.split < LEAST:
         return f"no runs of {layout.split} bytes: {LEAST} at least"
-    if layout.format == "fp8":
-        return "no FP8 without FP8 activations"
     group = weight.inputs // groups
     if groups > 1 and group & (group - 1):
         return f"no groups of {group} inputs: powers of two only"
@@ -94,7 +92,7 @@ class Parts(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether numbers are whole ones, whose products are to be scaled."""
-        plain = self.layout.format in ("int8", "int4") and "minima" not in self.refs
+        plain = self.layout.format in ("int8", "fp8", "int4") and "minima" not in self.refs
         return plain and self.group % self.width == 0
 
     def shared(self, begin: Array) -> tuple[Array, ...]:
@@ -106,7 +104,7 @@ class Parts(NamedTuple):
     def numbers(self, values: Array, begin: Array, half: int, shared: tuple[Array, ...]) -> Array:
         """values [columns, width], of which half 0 or 1 holds the inputs from `begin` on -> the same in x's dtype."""
         layout, refs = self.layout, self.refs
-        if layout.format == "int8":
+        if layout.packing == 1:
             numbers = values
         elif layout.format == "mxfp4":
             numbers = e2m1(values, half)

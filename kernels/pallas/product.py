@@ -78,7 +78,7 @@ def vmem_bytes(blocks: Blocks, packing: int, inputs: int) -> int:
     return 2 * (weight + scales + ends) + 4 * rows * columns + 2 * columns * depth
 
 
-def multiply(
+def matrix_product(
     x: Array,
     weight: QuantizedTensor,
     dtype: jnp.dtype,

@@ -45,15 +45,20 @@ def kind_of(weight: QuantizedTensor) -> str | None:
 
 
 def default_plan(kind: str, M: int, N: int, K: int, group: int) -> Plan:
-    """-> what serves M tokens where nothing was tuned. `group`: inputs that share a scale."""
-    if kind == CHANNEL or (M > 1024 and kind == PACKED):
+    """-> what serves M tokens where nothing was tuned. `group`: inputs that share a scale.
+
+    Few tokens: a weight with few outputs is split over its inputs, so that every multiprocessor has some of it.
+    """
+    if (kind == CHANNEL and M > THIN) or (kind == PACKED and M > 1024):
         return Plan("library")
-    if M > THIN and kind == BLOCK and group == hopper_narrow.BLOCK and on_hopper() and hopper_narrow.supports(N, K):
-        return Plan("hopper", Tile(128, 128, 128, stages=5))
+    if M > 16 and kind == BLOCK and group == hopper_narrow.BLOCK and on_hopper():
+        rows, columns, stages = (64, 256, 4) if M <= 256 else (128, 128, 5)
+        if hopper_narrow.supports(N, K, rows):
+            return Plan("hopper", Tile(rows, columns, 128, stages=stages))
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
     if rows == 16:
-        columns = 32 if N <= 8192 else 64
-        return Plan("inside" if kind == BLOCK else "triton", Tile(16, columns, 128, stages=5))
+        splits = 4 if N <= 8192 and K % (4 * 256) == 0 else 1
+        return Plan("triton", Tile(16, 64, 128, splits, stages=5))
     return Plan("triton", Tile(rows, 64 if rows < 128 else 128, 128, warps=4 if rows < 128 else 8, stages=3))
 
 
@@ -77,7 +82,7 @@ def tuned_plan(kind: str, weight: QuantizedTensor, M: int, device: str) -> Plan:
 
 def plan_of(entry: dict[str, Any], name: str) -> Plan:
     """-> a file's entry. Errors: ValueError that names the file."""
-    sizes = {key: value for key, value in entry.items() if key not in ("kernel", "us")}
+    sizes = {key: value for key, value in entry.items() if key not in ("kernel", "us", "default_us")}
     if entry.get("kernel") not in KERNELS or set(sizes) - set(Tile._fields):
         raise ValueError(f"kernels/tuned/{name}: {entry} names no kernel and tile; remove the file or tune again")
     return Plan(entry["kernel"], Tile(**sizes))
@@ -123,7 +128,7 @@ def multiply(
     if kernel == "hopper":
         processors: Any = multiprocessors or jax.local_devices()[0].core_count  # type: ignore[attr-defined]
         return hopper_narrow.block_product(
-            values, scales, weight.values, weight.scales, jnp.dtype(dtype),
+            values, scales, weight.values, weight.scales.astype(jnp.float32), jnp.dtype(dtype),
             rows=tile.rows, stages=tile.stages, multiprocessors=processors,
         )  # fmt: skip
     return narrow_product(values, scales, weight.values, weight.scales, dtype, tile=tile, interpret=interpret)

@@ -66,8 +66,9 @@ def rows(values: flags.FlagValues) -> Iterator[FlagRow]:
         flag = values[name]
         if name != flag.name:  # its short name
             continue
-        kinds = getattr(flag.parser, "enum_values", None)
-        text = flag.help + (f" One of {', '.join(kinds)}." if kinds else "")
+        text, kinds = flag.help, getattr(flag.parser, "enum_values", None)
+        if kinds:  # absl puts them before the text, with bars between
+            text = f"{text.partition('>: ')[2]} One of {', '.join(kinds)}."
         spelled = "--" + name.replace("_", "-") + (f", -{flag.short_name}" if flag.short_name else "")
         yield FlagRow(spelled, "" if flag.default in (None, []) else str(flag.default), text)
 

@@ -87,6 +87,36 @@ def limit_gpu_pool(config: EngineConfig) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.4f}")
 
 
+def highest_utilization() -> float | None:
+    """-> the most that gpu_memory_utilization can be, in hundredths: what nobody has of the first device's memory yet.
+
+    None where the setting has no meaning, on a CPU. Whether a model fits into it is told when it starts, before it
+    allocates. For a process of its own: it touches the device.
+    """
+    found = _gpu_free_bytes()
+    if found is None:
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform == "cpu":
+            return None
+        stats = device.memory_stats()
+        found = stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"]
+    free, total = found
+    return max(int(free / total * 100), 1) / 100
+
+
+def _gpu_free_bytes() -> tuple[int, int] | None:
+    """-> free and total memory of the first NVIDIA GPU, as its driver counts them; None without one."""
+    if _gpu_bytes() is None:
+        return None
+    cuda = ctypes.CDLL("libcuda.so.1")
+    context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    failed = cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or cuda.cuCtxSetCurrent(context)
+    failed = failed or cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    return None if failed else (free.value, total.value)
+
+
 def _gpu_bytes() -> int | None:
     """-> memory of the first NVIDIA GPU, asked of its driver so that no backend starts yet; None without one."""
     try:

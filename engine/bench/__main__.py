@@ -1,4 +1,4 @@
-"""`python -m engine.bench throughput | latency | serve | startup`."""
+"""`python -m engine.bench throughput | latency | serve | startup | memory`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from engine.bench import offline, serve, startup
+from engine.bench import memory, offline, serve, startup
 from engine.command_line import parse, usage
 
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "latency": Command(offline.LATENCY_PURPOSE, offline.define_latency, (), offline.latency),
     "serve": Command(serve.PURPOSE, serve.define, serve.SEVERAL, serve.main),
     "startup": Command(startup.PURPOSE, startup.define, (), startup.main),
+    "memory": Command(memory.PURPOSE, memory.define, (), memory.main),
 }
 
 

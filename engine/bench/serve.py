@@ -144,7 +144,8 @@ def main(values: flags.FlagValues) -> None:
         from engine.bench import plots
 
         plots.check()
-    runs = asyncio.run(bench(values, settings))
+    show = lambda run: print(metrics.table(run.report, settings.metrics), flush=True)
+    runs = asyncio.run(bench(values, settings, show))
     folder = Path(values.result_dir)
     if values.save_result or values.plot:
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,8 +181,10 @@ class Run:
         return f"{label}-{self.rate:g}qps{among}-{model}-{self.report['date']}.json"
 
 
-async def bench(values: flags.FlagValues, settings: Settings) -> list[Run]:
-    """-> a run for each rate; each is printed as it ends. Errors: ValueError."""
+async def bench(
+    values: flags.FlagValues, settings: Settings, on_run: Callable[[Run], None] = lambda run: None
+) -> list[Run]:
+    """-> a run for each rate; `on_run` gets each as it ends. Errors: ValueError."""
     client = HttpClient(parse_url(values.base_url or f"http://{values.host}:{values.port}"), settings.headers)
     try:
         model, root = await wait_until_ready(client, values.ready_check_timeout_sec, values.model)
@@ -196,7 +199,7 @@ async def bench(values: flags.FlagValues, settings: Settings) -> list[Run]:
             if runs:  # each rate from the same state; a server without this route says so, and that is no matter
                 await client.post("/reset_prefix_cache")
             runs.append(await _run(values, settings, client, model, requests, rate))
-            print(metrics.table(runs[-1].report, settings.metrics), flush=True)
+            on_run(runs[-1])
         return runs
     except OSError as error:
         raise ValueError(f"base_url: {client.url.host}:{client.url.port}: {error}") from None
@@ -275,12 +278,12 @@ def make_samples(values: flags.FlagValues, tokenizer: Tokenizer | None) -> list[
 
 def open_tokenizer(name: str | None, root: str | None) -> Tokenizer | None:
     """-> the tokenizer that is named, else that of the server's model if its files are on this machine."""
-    path = name or root
-    if path is None or (name is None and not Path(path).exists()):
+    if name is None and (root is None or not Path(root).exists()):
         return None
     from engine.tokenizer_files import load_tokenizer
+    from engine.weights.hub import locate
 
-    return load_tokenizer(Path(path))
+    return load_tokenizer(locate(name or str(root), weights=False, setting="tokenizer"))
 
 
 async def wait_until_ready(client: HttpClient, timeout: float, model: str | None = None) -> tuple[str, str | None]:

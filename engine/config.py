@@ -11,6 +11,9 @@ from absl import flags
 from engine.pages import PAGE_SIZES, default_page_size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = (
+    "gguf", "fp8", "mxfp4", "awq", "gptq", "compressed-tensors", "dequantize", "int8", "int8_w8a8", "fp8_block", "int4"
+)  # fmt: skip
 NARROW_KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
@@ -36,7 +39,13 @@ class EngineConfig:
     kv_cache_dtype: str = _setting(
         "auto", "Of the KV cache; auto: as dtype, fp8: fp8_e4m3.", choices=(*DTYPES, *NARROW_KV_DTYPES)
     )
-    quantization: str | None = _setting(None, "Weight quantisation; none is supported yet.")
+    quantization: str | None = _setting(
+        None,
+        "How weights are kept: as the checkpoint has them (gguf, fp8, mxfp4, awq, gptq, compressed-tensors), expanded "
+        "(dequantize), or quantized while they are loaded (int8, int8_w8a8, fp8, fp8_block, int4); default: as the "
+        "checkpoint has them, on a CPU expanded.",
+        choices=QUANTIZATIONS,
+    )
     max_model_len: int | None = _setting(None, "Longest sequence, in tokens; default: the model's.", low=1, kind=int)
     max_num_seqs: int | None = _setting(
         None, "Most sequences in a step; default: 32 on CPU, else 256.", low=1, kind=int
@@ -96,7 +105,7 @@ class EngineConfig:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name}: only 1 is supported so far, got {getattr(self, name)}")
-        for name in ("quantization", "speculative_config"):
+        for name in ("speculative_config",):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: not supported yet, got {getattr(self, name)!r}; leave it out")
 

@@ -181,7 +181,9 @@ class EngineCore:
     def _commit(self, launched: Launched) -> list[Update]:
         tokens = self.runner.collect(launched).tolist()
         plan = launched.plan
-        if any(row.request.params.prompt_logprobs is not None for row in plan.rows):
+        if launched.output.prompt is not None and any(
+            row.request.params.prompt_logprobs is not None for row in plan.rows
+        ):
             self._take_prompt_logprobs(launched)
         index_of = {id(row): i for i, row in enumerate(plan.rows)} if _wants_logprobs(plan.rows) else {}
         candidates = _Candidates(launched.output.sampled) if index_of else None

@@ -39,6 +39,7 @@ COPIES = 8  # page copies in one launch; more take several
 NO_TRITON: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0, **NO_TRITON}
 TUNED_TOKENS = 8  # steps of so many tokens at most are tuned in full
+UNLUCKY_TOKENS = 128  # where cuBLAS' first choice for Llama-8B's gate_up takes 109 us, and its best 66
 
 
 class Launched(NamedTuple):
@@ -59,15 +60,18 @@ class Runner:
         load: Callable[[], Params],
         report: Callable[[str], None],
         cache_folder: Path | None = None,
+        abstract: Callable[[ModelConfig], Params] | None = None,
     ):
         """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too.
 
-        `cache_folder`: where compiled steps are kept between processes, if at all.
+        `cache_folder`: where compiled steps are kept between processes, if at all. `abstract`: a model's
+        parameters' shapes and dtypes, if they are not all of the resolved dtype.
         """
         self.model, self.num_traces, self._lowering = model, 0, Lock()
         device = jax.devices()[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        params, self._dtype = abstract_params(model, resolved.dtype), resolved.dtype
+        self._abstract = abstract or partial(abstract_params, dtype=resolved.dtype)
+        params = self._abstract(model)
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
         specs = {attention_spec(model, i) for i in range(len(model.layers))}
         self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
@@ -133,10 +137,10 @@ class Runner:
         backend = self.backend if fullest else self.backend.lesser or self.backend
         options: dict[str, Any] | None = None
         if jax.devices()[0].platform == "gpu" and shape.tokens > TUNED_TOKENS:
-            options = NO_TRITON if fullest else UNTUNED
+            options = NO_TRITON if fullest or shape.tokens == UNLUCKY_TOKENS else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
-            params = abstract_params(model, self._dtype)
+            params = self._abstract(model)
             lowered = self._step.lower(model, backend, self.page_size, shape, params, state, flat)
         return lowered.compile(options)
 

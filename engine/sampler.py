@@ -1,13 +1,15 @@
 """From logits to tokens, inside the jitted step: logit edits, penalties, truncation, Gumbel-max, logprobs.
 
 Everything is one executable. What no row of a batch asks for is skipped by `lax.cond` on a scalar, so that a greedy
-batch pays for an argmax and no more. Meanings and order are vLLM's.
+batch pays for an argmax and no more; on a GPU, whose host waits for each condition, steps are plain or do it all.
+Meanings and order are vLLM's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +95,13 @@ def sample(
     if plain:
         return SampleOutput(jnp.where(active & sound, token, -1), None, None, None, None)
 
-    def no_logprobs() -> tuple[Array, Array, Array, Array]:
-        one, top = logits.shape[:1], (logits.shape[0], num_logprobs)
-        return jnp.zeros(one), jnp.zeros(one, jnp.int32), jnp.zeros(top, jnp.int32), jnp.zeros(top)
-
     wanted = jnp.any(active & _has(inp, WANTS_LOGPROBS))
-    logprobs = lax.cond(wanted, lambda: raw_logprobs(logits, token, num_logprobs), no_logprobs)
+    compute = lambda logits, token: raw_logprobs(logits, token, num_logprobs)
+    nothing = lambda logits, token: jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, logits, token)
+    )
+    where_wanted = lambda logits, token: lax.cond(wanted, compute, nothing, logits, token)
+    logprobs = lax.platform_dependent(logits, token, cuda=compute, default=where_wanted)
     return SampleOutput(jnp.where(active & sound, token, -1), *logprobs)
 
 
@@ -130,17 +133,24 @@ def edited_logits(logits: Array, inp: SamplingInput, tables: SlotTables) -> Arra
     steps = (
         (_apply_edits, active & _has(inp, USES_EDITS)),
         (_ban_bad_words, active & _has(inp, USES_BAD_WORDS)),
-        (_penalise, active & penalised),
+        (partial(_penalise, chunk=_COUNT_CHUNK), active & penalised),
     )
 
-    def apply_all(logits: Array) -> Array:
+    def where_wanted(logits: Array) -> Array:
         for step, rows in steps:
             apply = lambda x, step=step, rows=rows: step(x, rows, inp, tables)
             logits = lax.cond(jnp.any(rows), apply, lambda x: x, logits)
         return logits
 
-    wanted = steps[0][1] | steps[1][1] | steps[2][1]
-    return lax.cond(jnp.any(wanted), apply_all, lambda x: x, logits)
+    def default(logits: Array) -> Array:
+        wanted = steps[0][1] | steps[1][1] | steps[2][1]
+        return lax.cond(jnp.any(wanted), where_wanted, lambda x: x, logits)
+
+    def cuda(logits: Array) -> Array:  # without conditions and loops of unknown length: the host would wait for each
+        logits = _ban_bad_words(_apply_edits(logits, steps[0][1], inp, tables), steps[1][1], inp, tables)
+        return _penalise(logits, steps[2][1], inp, tables, chunk=tables.tokens.shape[1])
+
+    return lax.platform_dependent(logits, cuda=cuda, default=default)
 
 
 def filtered_logits(edited: Array, inp: SamplingInput) -> Array:
@@ -290,11 +300,11 @@ def _ban_bad_words(logits: Array, on: Array, inp: SamplingInput, tables: SlotTab
     return logits.at[_row_ids(ids), ids].set(-jnp.inf, mode="drop")
 
 
-def _penalise(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables) -> Array:
+def _penalise(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables, *, chunk: int) -> Array:
     vocab_size, max_len = logits.shape[1], tables.tokens.shape[1]
-    chunk = min(_COUNT_CHUNK, max_len)
+    chunk = min(chunk, max_len)
 
-    def count(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def count(i: Array | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         seen, outputs = carry
         columns = (i * chunk + jnp.arange(chunk))[None]
         tokens = tables.tokens[inp.slot[:, None], jnp.minimum(columns, max_len - 1)]
@@ -303,10 +313,12 @@ def _penalise(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables) 
         rows = _row_ids(tokens)
         return seen.at[rows, tokens].set(True, mode="drop"), outputs.at[rows, sampled].add(1.0, mode="drop")
 
-    # As many passes as the longest sequence concerned needs, however long one may become.
-    longest = jnp.max(jnp.where(on, inp.position, 0))
     none = jnp.zeros(logits.shape, bool), jnp.zeros(logits.shape, jnp.float32)
-    seen, outputs = lax.fori_loop(0, (longest + chunk - 1) // chunk, count, none)
+    if chunk == max_len:
+        seen, outputs = count(0, none)
+    else:  # as many passes as the longest sequence concerned needs, however long one may become
+        longest = jnp.max(jnp.where(on, inp.position, 0))
+        seen, outputs = lax.fori_loop(0, (longest + chunk - 1) // chunk, count, none)
 
     repetition = inp.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)

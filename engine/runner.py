@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.executables import ExecutableCache
-from engine.memory import MemoryPlan, plan_memory
+from engine.memory import RESERVE, MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.params import Params, abstract_params
 from engine.models.transformer import attention_spec
@@ -59,20 +59,21 @@ class Runner:
         load: Callable[[], Params],
         report: Callable[[str], None],
         cache_folder: Path | None = None,
-        abstract: Params | None = None,
+        abstract: Callable[[ModelConfig], Params] | None = None,
     ):
         """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too.
 
-        `cache_folder`: where compiled steps are kept between processes, if at all. `abstract`: the parameters' shapes
-        and dtypes, if they are not all of the resolved dtype.
+        `cache_folder`: where compiled steps are kept between processes, if at all. `abstract`: a model's
+        parameters' shapes and dtypes, if they are not all of the resolved dtype.
         """
         self.model, self.num_traces, self._lowering = model, 0, Lock()
         device = jax.devices()[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        self._abstract_params = abstract_params(model, resolved.dtype) if abstract is None else abstract
+        self._abstract = abstract or partial(abstract_params, dtype=resolved.dtype)
+        params = self._abstract(model)
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
-        specs = [attention_spec(model, i) for i in range(len(model.layers))]
-        self.backend = choose_backend(config.attention_backend, device.platform, set(specs), page, kv_dtype)
+        specs = {attention_spec(model, i) for i in range(len(model.layers))}
+        self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
         pages_per_row = -(-resolved.max_model_len // page)
@@ -82,7 +83,8 @@ class Runner:
         self.page_size = page
         new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
 
-        def state_spec(num_pages: int) -> DeviceState:
+        def state_spec(num_pages: int, model: ModelConfig = model) -> DeviceState:
+            specs = [attention_spec(model, i) for i in range(len(model.layers))]
             caches = [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
             page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
             return DeviceState(caches, page_table, jax.eval_shape(new_tables))  # type: ignore[arg-type]
@@ -95,25 +97,30 @@ class Runner:
         sizes = partial(
             plan_memory, config, resolved, device,
             in_use=in_use,
-            weights=_tree_bytes(self._abstract_params),
+            weights=_tree_bytes(params),
             tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
             page_bytes=_tree_bytes(state_spec(1).kv_caches),
         )  # fmt: skip
-        identity = (model, resolved, self.backend.name, self._abstract_params)
+        identity = (model, resolved, self.backend.name, params)
         self._cache = ExecutableCache(cache_folder, device, *identity)
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
         with ThreadPoolExecutor(1, "load") as loader:
             loading = loader.submit(load)
-            if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
-                plan = sizes(temporaries=0)
-            else:
-                measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1)))
-                plan = sizes(temporaries=self._cache.get_number("temporaries", measure))
-            state = state_spec(plan.num_pages)
-            self.executables = self._compile_all(state, plan.num_pages, loading, report)
+            temporaries = 0
+            if device.platform != "cpu":  # where nothing depends on them
+                small = replace(model, layers=tuple(dict.fromkeys(model.layers)) * 2)
+                measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1, small), small))
+                temporaries = self._cache.get_number("temporaries", measure)
+            while True:
+                plan = sizes(temporaries=temporaries)
+                state = state_spec(plan.num_pages)
+                self.executables = self._compile_all(state, plan.num_pages, loading, report)
+                # Planned once: the pool hands out the pages that the cache has, whatever is in use since.
+                self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
+                if device.platform == "cpu" or self.memory.temporaries <= temporaries + RESERVE // 2:
+                    break
+                temporaries = self.memory.temporaries  # two layers of each kind told too little
             self.params = loading.result()
-        # Planned once: the pool must hand out the pages that the cache has, whatever compiling left in use since.
-        self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
         for line in self.memory.describe(resolved.max_model_len):
             report(line)
         empty = (state.kv_caches, state.page_table)
@@ -121,9 +128,10 @@ class Runner:
         kv_caches, page_table = zeros()
         self.state = DeviceState(kv_caches, page_table, jax.jit(new_tables)())
         self._prepare_slots()
+        Thread(target=self._cache.save_new, name="save steps").start()
 
-    def _compile(self, shape: StepShape, state: DeviceState) -> Any:
-        """-> the executable of a step. The step that long prompts fill gets the kernels that take long to compile."""
+    def _compile(self, shape: StepShape, state: DeviceState, model: ModelConfig) -> Any:
+        """-> the executable of a step of `model`. The one that long prompts fill gets the slow-to-compile kernels."""
         fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
         backend = self.backend if fullest else self.backend.lesser or self.backend
         options: dict[str, Any] | None = None
@@ -131,7 +139,8 @@ class Runner:
             options = NO_TRITON if fullest else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
-            lowered = self._step.lower(self.model, backend, self.page_size, shape, self._abstract_params, state, flat)
+            params = self._abstract(model)
+            lowered = self._step.lower(model, backend, self.page_size, shape, params, state, flat)
         return lowered.compile(options)
 
     def _compile_all(
@@ -148,7 +157,7 @@ class Runner:
             if loading.done():
                 loading.result()
             name = f"{shape.rows}x{shape.tokens}{'-plain' * shape.plain}-{num_pages}-pages"
-            return shape, self._cache.get(name, lambda: self._compile(shape, state))
+            return shape, self._cache.get(name, lambda: self._compile(shape, state, self.model))
 
         slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
         with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
@@ -192,7 +201,8 @@ class Runner:
             self.state = replace(self.state, page_table=self._write_pages(self.state.page_table, slots, rows))
         flat = self.builder.build(plan, shape)
         self.state, output = self.executables[shape](self.params, self.state, flat)
-        output.sampled.token.copy_to_host_async()
+        for part in jax.tree.leaves(output.sampled):
+            part.copy_to_host_async()
         return Launched(plan, output)
 
     def collect(self, launched: Launched) -> np.ndarray:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -63,7 +64,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
         report(f"weights: quantization {quantization.name}: {describe(params)}")
         return params
 
-    abstract = abstract_narrow(model, resolved.dtype, quantization.plan)
+    abstract = partial(abstract_narrow, dtype=resolved.dtype, plan=quantization.plan)
     runner = Runner(config, resolved, model, load, report, cache, abstract)
     return EngineCore(config, resolved, model, tokenizer, runner)
 

@@ -43,7 +43,7 @@ class StepOutput:
     """What the host may read of a step. Rows are the plan's, then padding."""
 
     sampled: SampleOutput  # S rows
-    prompt: PromptLogprobs | None  # zeros unless a row asked, None in a plain step
+    prompt: PromptLogprobs | None  # zeros unless a row asked; None where the shape has none
 
 
 def step(
@@ -78,7 +78,7 @@ def step(
         history = tables.tokens.at[slots, part["sample_positions"]].set(jnp.maximum(out.token, 0), mode="drop")
 
     state = DeviceState(kv_caches, page_table, replace(tables, tokens=history))
-    if shape.plain:
+    if not shape.has_prompt_logprobs:
         return state, StepOutput(out, None)
 
     def prompt(hidden: Array) -> PromptLogprobs:

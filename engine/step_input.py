@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.request import Request
-from engine.scheduler import StepPlan
+from engine.scheduler import Row, StepPlan
 from engine.slots import is_plain, request_flags
 
 # A request's constants, by slot: int32, floats as their bits.
@@ -29,12 +29,17 @@ TABLE_ROWS = 8  # rows of page tables in one launch of their own; more take seve
 class StepShape(NamedTuple):
     """Rows and tokens (S and T of a RaggedBatch) that one executable is made for.
 
-    `plain`: no row asks for more of the sampler than a temperature (`slots.is_plain`), and the rest is left out.
+    `plain`: no row wants logprobs or edited logits (`slots.is_plain`), and the step leaves both out.
     """
 
     rows: int
     tokens: int
     plain: bool = False
+
+    @property
+    def has_prompt_logprobs(self) -> bool:
+        """Whether the step computes them for prompts that ask: mixed steps do."""
+        return not self.plain and self.tokens > self.rows
 
 
 def step_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
@@ -75,7 +80,7 @@ def _powers(low: int, high: int) -> list[int]:
 def choose_shape(shapes: Sequence[StepShape], plan: StepPlan, plain: bool = False) -> StepShape:
     """-> the smallest bucket that the plan fits: fewest tokens, then fewest rows. `plain`: whether all its rows are."""
     rows = len(plan.rows)
-    decodes = plan.num_tokens == rows
+    decodes = plan.num_tokens == rows and not any(map(_wants_prompt_logprobs, plan.rows))
     fits = lambda s: s.rows >= rows and s.tokens >= plan.num_tokens and (decodes or s.tokens > s.rows)
     fitting = [s for s in shapes if fits(s) and (plain or not s.plain)]
     return min(fitting, key=lambda s: (s.tokens, s.rows, not s.plain))
@@ -85,7 +90,7 @@ def choose_shape(shapes: Sequence[StepShape], plan: StepPlan, plain: bool = Fals
 def layout(shape: StepShape) -> dict[str, tuple[slice, tuple[int, ...]]]:
     """-> where each part of the flat input lies, and its shape."""
     S, T = shape.rows, shape.tokens
-    asked = () if shape.plain else ("next_tokens",)
+    asked = ("next_tokens",) if shape.has_prompt_logprobs else ()
     per_row = ("kv_lens", "sample_at", "slots", "row_flags", "sample_positions", "new_page_at", "new_page")
     sizes: dict[str, tuple[int, ...]] = {
         "num_rows": (), "num_decodes": (), "wants_prompt_logprobs": (),
@@ -104,6 +109,11 @@ def unpack(flat: Any, shape: StepShape) -> dict[str, Any]:
 
 def flat_size(shape: StepShape) -> int:
     return max(where.stop for where, _ in layout(shape).values())
+
+
+def _wants_prompt_logprobs(row: Row) -> bool:
+    request = row.request
+    return request.params.prompt_logprobs is not None and row.start < request.num_prompt_tokens - 1
 
 
 def slot_constants(request: Request) -> list[int]:
@@ -173,7 +183,7 @@ class BatchBuilder:
         parts["token_slots"][:total] = slots[row_of]
         parts["positions"][:total] = np.arange(total, dtype=np.int32) - (ends - counts - starts)[row_of]
         parts["tokens"][:total] = self._tokens(plan)
-        if any(row.request.params.prompt_logprobs is not None for row in plan.rows):
+        if shape.has_prompt_logprobs:
             self._fill_prompt_logprobs(parts, plan)
         return flat
 
@@ -202,7 +212,7 @@ class BatchBuilder:
         at, found = 0, False
         for row in plan.rows:
             request = row.request
-            if request.params.prompt_logprobs is not None and row.start < request.num_prompt_tokens - 1:
+            if _wants_prompt_logprobs(row):
                 end = min(row.start + row.count, request.num_prompt_tokens - 1)
                 parts["next_tokens"][at : at + end - row.start] = request.token_ids[row.start + 1 : end + 1]
                 found = True

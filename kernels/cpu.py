@@ -61,11 +61,13 @@ def few_tokens(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
         minima = _of_windows(superscaled(weight.minima, weight.super_minima), windows, groups)
     rows = []
     for token in range(tokens):
-        y = jnp.sum(sums[:, :, token].astype(jnp.float32) * (scales * step[token][None]), axis=(1, 2))
+        own = step[token].reshape(1, windows, 1)
+        y = sums[:, :, token].astype(jnp.float32) * (scales * own)
         if minima is not None:
-            offsets = jnp.sum(minima * (totals[token].astype(jnp.float32) * step[token])[None], axis=(1, 2))
+            offsets = minima * (totals[token].astype(jnp.float32) * step[token])[None]
             y = y - offsets if layout.format == "q4_k" else y + offsets
-        rows.append(y)
+        y = y.reshape(-1, windows * groups)
+        rows.append(y @ jnp.ones(y.shape[1]))  # a sum that XLA vectorizes
     return jnp.stack(rows).astype(dtype)
 
 

@@ -59,9 +59,12 @@ class EngineConfig:
         True, "Share KV-cache pages between requests with a common prefix.", kind=bool
     )
     scheduling_policy: str = _setting("fcfs", "Who runs first.", choices=("fcfs", "priority"))
-    tensor_parallel_size: int = _setting(1, "Devices that share each layer; 1 is supported so far.", low=1, kind=int)
-    pipeline_parallel_size: int = _setting(1, "Stages of layers; 1 is supported so far.", low=1, kind=int)
-    data_parallel_size: int = _setting(1, "Replicas of the engine; 1 is supported so far.", low=1, kind=int)
+    tensor_parallel_size: int = _setting(1, "Devices that share each layer.", low=1, kind=int)
+    pipeline_parallel_size: int = _setting(1, "Stages of layers, each on devices of its own.", low=1, kind=int)
+    data_parallel_size: int = _setting(1, "Replicas of the engine, each on devices of its own.", low=1, kind=int)
+    enable_expert_parallel: bool = _setting(
+        False, "Spread whole experts over the devices of a layer, instead of a part of each one's width.", kind=bool
+    )
     attention_backend: str = _setting("auto", "A name of kernels.attention.BACKENDS.")
     speculative_config: dict[str, Any] | None = None
     chat_template: str | None = _setting(
@@ -90,9 +93,6 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.block_size is not None and self.block_size not in PAGE_SIZES:
             raise ValueError(f"block_size: must be one of {PAGE_SIZES}, got {self.block_size}")
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ValueError(f"{name}: only 1 is supported so far, got {getattr(self, name)}")
         for name in ("quantization", "speculative_config"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: not supported yet, got {getattr(self, name)!r}; leave it out")

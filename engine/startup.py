@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -14,11 +15,13 @@ import jax
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.memory import limit_gpu_pool
-from engine.models.params import Params, random_params
+from engine.models.params import Params
+from engine.models.relay import random_params
 from engine.runner import Runner, enable_compilation_cache
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
 from engine.weights.load import load_params, open_checkpoint, read_config
+from sharding.mesh import replica_meshes
 
 
 def print_report(line: str) -> None:
@@ -31,6 +34,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     enable_compilation_cache(config.compilation_cache_dir)
     limit_gpu_pool(config)
     dummy = config.load_format == "dummy"
+    _make_cpu_devices(config)
     path = locate(config.model, config.revision, weights=not dummy)
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
     model = checkpoint.config if checkpoint else read_config(path)
@@ -45,13 +49,23 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
             raise ValueError("chat_template: is of no use without a tokenizer; leave it out")
         tokenizer.use_chat_template(config.chat_template)
 
-    def load() -> Params:
+    def load(placed: Params) -> Params:
         began = time.perf_counter()
         if checkpoint is None or dummy:
-            params = random_params(model, resolved.dtype, config.seed)
+            params = random_params(model, resolved.dtype, config.seed, placed)
         else:
-            params = load_params(checkpoint, resolved.dtype)
+            params = load_params(checkpoint, resolved.dtype, placed)
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         return params
 
-    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, load, report))
+    sizes = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
+    (mesh,) = replica_meshes(jax.devices(), *sizes)
+    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, mesh, load, report))
+
+
+def _make_cpu_devices(config: EngineConfig) -> None:
+    """Ask for as many CPU devices as the mesh has, in case there is no accelerator; too late once JAX has started."""
+    size = config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size
+    if size > 1:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", size)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ import numpy as np
 
 from engine.models.config import ModelConfig
 from engine.models.families import Family
-from engine.models.params import Params, ParamSpec, map_specs, param_specs
+from engine.models.params import Params
+from engine.models.placement import Placed, map_placed, whole
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
 from engine.weights.fp8 import with_scales
@@ -25,7 +26,7 @@ from engine.weights.names import GGUF, HF
 from engine.weights.orbax import OrbaxCheckpoint, is_orbax, open_orbax, restore
 from engine.weights.place import place
 from engine.weights.safetensors import open_safetensors
-from engine.weights.shards import Arrivals, Shard, ShardingRule
+from engine.weights.shards import Arrivals, Shard, aligned
 from engine.weights.stored import StoredTensor, read_all
 from engine.weights.stream import Streamer
 
@@ -85,17 +86,19 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     return from_hugging_face(str(file), values)
 
 
-def load_params(checkpoint: Checkpoint | OrbaxCheckpoint, dtype: str, sharding: ShardingRule | None = None) -> Params:
+def load_params(checkpoint: Checkpoint | OrbaxCheckpoint, dtype: str, placed: Params | None = None) -> Params:
     """-> the model's parameters in `dtype`, read from the files straight into the memory of their shards.
 
-    Only what this host's devices hold is read: with `sharding`, the shards of each parameter that are addressable
-    here; without it, everything, for the default device. Beside the parameters themselves, which on an accelerator are
-    not in the host's memory, that holds no more than twice the largest tensor, or one parameter if that is more.
+    Only what this host's devices hold is read: with `placed`, a tree of `placement.Placed`, the shards of each array
+    that are addressable here; without it, everything, for the default device. Beside the parameters themselves, which
+    on an accelerator are not in the host's memory, that holds no more than twice the largest tensor, or one parameter
+    if that is more; where shards are made of several boxes of parameters, twice that.
 
     Errors: ValueError that names missing, surplus or misshapen tensors, or a file that cannot be read.
     """
+    placed = whole(checkpoint.config) if placed is None else placed
     if isinstance(checkpoint, OrbaxCheckpoint):
-        return restore(checkpoint, dtype, sharding)
+        return restore(checkpoint, dtype, placed)
     made = recipes(checkpoint.config, checkpoint.family, checkpoint.style)
     tensors = checkpoint.tensors
     check_tensors(checkpoint.source, checkpoint.config, made, {name: t.shape for name, t in tensors.items()})
@@ -108,11 +111,40 @@ def load_params(checkpoint: Checkpoint | OrbaxCheckpoint, dtype: str, sharding: 
 
     with Streamer() as streamer:
 
-        def one(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
+        def one(placed: Placed) -> jax.Array:
             def fill(shards: Sequence[Shard]) -> None:
-                placed = [(part, place(part, *shard)) for part in by_path[path].parts for shard in shards]
-                streamer.fill([(tensors[part.tensor], placement) for part, placement in placed if placement])
+                boxes = [box for shard in shards for box in _boxes(placed, shard)]
+                made = [(part, place(part, *box.memory)) for box in boxes for part in by_path[box.path].parts]
+                streamer.fill([(tensors[part.tensor], placement) for part, placement in made if placement])
+                for box in boxes:
+                    box.settle()
 
-            return arrivals.make(spec.shape, spec.dtype or dtype, sharding(path, spec) if sharding else None, fill)
+            return arrivals.make(placed.shape, placed.spec.dtype or dtype, placed.sharding, fill)
 
-        return map_specs(one, param_specs(checkpoint.config))
+        return map_placed(one, placed)
+
+
+class _Box(NamedTuple):
+    """Memory for a box of a parameter, and the part of a shard that it is for, unless it is that part already."""
+
+    path: tuple[Any, ...]
+    memory: Shard
+    target: np.ndarray | None
+
+    def settle(self) -> None:
+        if self.target is not None:
+            self.target[...] = self.memory.array.reshape(self.target.shape)
+
+
+def _boxes(placed: Placed, shard: Shard) -> Iterator[_Box]:
+    """Yields what a shard is made of; what no box fills is zero from now on. A shard of one box is filled in place."""
+    array, corner = shard
+    pieces = list(placed.pieces(corner, array.shape))
+    if len(pieces) == 1 and not placed.stacked and array[pieces[0].at].shape == array.shape:
+        yield _Box(pieces[0].path, Shard(array, pieces[0].corner), None)
+        return
+    array[...] = 0
+    for path, start, at in pieces:
+        target = array[at]
+        size = target.shape[1:] if placed.stacked else target.shape
+        yield _Box(path, Shard(aligned(size, array.dtype), start), target)

@@ -20,12 +20,13 @@ import numpy as np
 from jax import Array
 
 from engine.config import ResolvedConfig
+from engine.layout import ALL, EACH
 from engine.models.config import ModelConfig
 from engine.models.params import Params
 from engine.models.transformer import forward
 from engine.pages import PagePool
 from engine.request import NoRoom
-from engine.runner import ALL, EACH, Runner
+from engine.runner import Runner
 from kernels.attention import Backend, RaggedBatch
 from sharding.axes import Axes
 
@@ -52,9 +53,10 @@ class Pooler:
         self.rows = min(MAX_ROWS, resolved.max_num_seqs)
         most = max(resolved.max_num_batched_tokens, self.rows + 1)  # as many tokens as rows would mean decodes only
         self.sizes = [size for size in (16, 64, 256, 1024, 4096) if self.rows < size < most] + [most]
-        pooled = partial(_pooled, runner.model, runner.backend, self.rows, runner.axes)
-        splits = (runner.param_specs, EACH, ALL)
-        self._forward = jax.jit(runner.spread(pooled, splits, (ALL, EACH)), donate_argnums=1)
+        layout = runner.layout
+        pooled = partial(_pooled, runner.model, runner.backend, self.rows, layout.axes)
+        splits = (layout.param_specs, EACH, ALL)
+        self._forward = jax.jit(layout.spread(pooled, splits, (ALL, EACH)), donate_argnums=1)
 
     def embed(self, prompts: Sequence[Sequence[int]], pooling: str, normalize: bool) -> np.ndarray:
         """token ids of each prompt -> [prompts, hidden] float32; of length 1 with `normalize`.

@@ -16,24 +16,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from engine.batch import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
+from engine.batch import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, gpu_step_shapes, step_shapes
 from engine.config import EngineConfig, ResolvedConfig
+from engine.layout import ALL, EACH, Layout
 from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.params import Params
-from engine.models.pipeline import micro_batches
-from engine.models.placement import abstract, on_all, on_mesh, stage_layers
-from engine.models.transformer import attention_spec
 from engine.request import Request
 from engine.scheduler import StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
-from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
+from engine.step import DeviceState, StepOutput, write_page_table, write_slot
 from kernels.attention import choose_backend, copy_pages
-from sharding.axes import axes_of
-from sharding.mesh import AXES
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
 COPIES = 8  # page copies in one launch; more take several
@@ -42,11 +38,6 @@ COPIES = 8  # page copies in one launch; more take several
 NO_TRITON: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0, **NO_TRITON}
 TUNED_TOKENS = 8  # steps of so many tokens at most are tuned in full
-
-
-MICRO_TOKENS = 128  # of a micro-batch of a pipeline at least: with fewer, a stage's time is that of reading its weights
-CPU_MICRO_TOKENS = 8
-ALL, EACH = PartitionSpec(), PartitionSpec(AXES[1:])  # whole on every device; a part, along the first axis, on each
 
 
 class Launched(NamedTuple):
@@ -71,16 +62,14 @@ class Runner:
         """Compile every step for a mesh (stage, model) while `load`, in a thread, fetches the parameters, whose
         places it is given (a tree of `placement.Placed`). Errors: ValueError, `load`'s too.
         """
-        self.model, self.mesh, self.num_traces = model, mesh, 0
-        self.axes = axes_of(mesh)
-        device = mesh.devices.flat[0]
+        self.model, self.num_traces = model, 0
+        self.layout = Layout(model, mesh, config.enable_expert_parallel)
+        self._device = device = mesh.devices.flat[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        placed = on_mesh(model, mesh, config.enable_expert_parallel)
-        self._abstract_params = abstract(placed, resolved.dtype)
+        self._abstract_params = self.layout.params(resolved.dtype)
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
-        places = stage_layers(model.layers, self.axes.stage.size)
-        specs = [attention_spec(model, place[0] or 0, self.axes.model.size) for place in places]
-        self.backend = choose_backend(config.attention_backend, device.platform, set(specs), page, kv_dtype)
+        specs = set(self.layout.specs)
+        self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
         pages_per_row = -(-resolved.max_model_len // page)
@@ -88,29 +77,17 @@ class Runner:
         self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
         self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row)
         self.page_size = page
-        new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
 
         def state_spec(num_pages: int) -> DeviceState:
-            """Every device has its own heads' caches; of all together, pages are the first axis again."""
-            caches = [self.backend.cache_spec(spec, num_pages * mesh.size, page, kv_dtype) for spec in specs]
-            page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
-            return DeviceState(
-                _on(self._of_each, caches),
-                *_on(self._of_all, (page_table, jax.eval_shape(new_tables))),  # type: ignore[arg-type]
+            return self.layout.state(
+                self.backend, num_pages, page, kv_dtype, resolved.max_num_seqs, resolved.max_model_len
             )
 
-        def counted(model: ModelConfig, backend: Any, page_size: int, shape: StepShape, *arguments: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
             self.num_traces += 1
-            least = CPU_MICRO_TOKENS if device.platform == "cpu" else MICRO_TOKENS
-            axes = replace(self.axes, micro_batches=micro_batches(shape.tokens, self.axes.stage.size, least))
-            one = partial(step, model, backend, page_size, shape, axes=axes)
-            own = DeviceState(EACH, ALL, ALL)  # type: ignore[arg-type]
-            return self.spread(one, (self.param_specs, own, ALL), (own, ALL))(*arguments)
+            return self.layout.step(*arguments)
 
-        self._of_all = on_all(mesh)
-        self._of_each = NamedSharding(mesh, EACH) if mesh.size > 1 else self._of_all
-        self.param_specs = jax.tree.map(lambda a: a.sharding.spec if mesh.size > 1 else ALL, self._abstract_params)
-        self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+        self._step = jax.jit(counted, static_argnums=(0, 1, 2), donate_argnums=4)
         sizes = partial(
             plan_memory, config, resolved, device,
             in_use=in_use,
@@ -121,7 +98,7 @@ class Runner:
         )  # fmt: skip
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
         with ThreadPoolExecutor(1, "load") as loader:
-            loading = loader.submit(load, placed)
+            loading = loader.submit(load, self.layout.placed)
             if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
                 plan = sizes(temporaries=0)
             else:
@@ -140,24 +117,20 @@ class Runner:
             out_shardings=(where.kv_caches, where.page_table),
         )
         kv_caches, page_table = zeros()
+        new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
         self.state = DeviceState(kv_caches, page_table, jax.jit(new_tables, out_shardings=where.tables)())
         self._prepare_slots()
-
-    def spread(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
-        """-> the function as every device of the mesh computes it on its own parts of what `inputs` splits."""
-        if self.mesh.size == 1:
-            return function
-        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
     def _compile(self, shape: StepShape, state: DeviceState) -> Any:
         """-> the executable of a step. The step that long prompts fill gets the kernels that take long to compile."""
         fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
         backend = self.backend if fullest else self.backend.lesser or self.backend
         options: dict[str, Any] | None = None
-        if self.mesh.devices.flat[0].platform == "gpu" and shape.tokens > TUNED_TOKENS:
+        if self._device.platform == "gpu" and shape.tokens > TUNED_TOKENS:
             options = NO_TRITON if fullest else UNTUNED
-        flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32, sharding=self._of_all)
-        lowered = self._step.lower(self.model, backend, self.page_size, shape, self._abstract_params, state, flat)
+        lowered = self._step.lower(
+            backend, self.page_size, shape, self._abstract_params, state, self.layout.flat(shape)
+        )
         return lowered.compile(options)
 
     def _compile_all(
@@ -187,13 +160,13 @@ class Runner:
         """Compile the small functions that run before some steps."""
         tables, nowhere = self.state.tables, jnp.zeros(COPIES, jnp.int32)
         table, ints = self.state.page_table, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-        rows = jax.jit(write_page_table, donate_argnums=0, out_shardings=self._of_all)
+        rows = jax.jit(write_page_table, donate_argnums=0, out_shardings=self.layout.of_all)
         self._write_pages = rows.lower(table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1])).compile()
         row = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
         slot = jax.ShapeDtypeStruct((), jnp.int32)
-        one = jax.jit(write_slot, donate_argnums=0, out_shardings=self._of_all)
+        one = jax.jit(write_slot, donate_argnums=0, out_shardings=self.layout.of_all)
         self._write_slot = one.lower(tables, slot, row).compile()
-        copy = jax.jit(self.spread(copy_pages, (EACH, ALL, ALL), EACH), donate_argnums=0)
+        copy = jax.jit(self.layout.spread(copy_pages, (EACH, ALL, ALL), EACH), donate_argnums=0)
         self._copy_pages = copy.lower(self.state.kv_caches, nowhere, nowhere).compile()
 
     @property
@@ -260,8 +233,3 @@ def _tree_bytes(tree: Any) -> int:
     """-> bytes that one device has of the arrays."""
     own = lambda leaf: leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
     return sum(int(np.prod(own(leaf))) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _on(sharding: Any, tree: Any) -> Any:
-    """-> the ShapeDtypeStructs with this sharding."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)

@@ -23,6 +23,7 @@ LAYERS = """
     core startup
     chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
     pooling runner
+    layout
     batch memory speculate step weights
     scheduler
     slots

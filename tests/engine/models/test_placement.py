@@ -1,4 +1,4 @@
-"""Parameters on a mesh: what is padded, copied or stacked, and that every box of the model's own is where it belongs."""
+"""Parameters on a mesh: what is padded, copied or stacked, and that every box of the model is where it belongs."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engine.batch import StepShape, flat_size
 from engine.models.config import ModelConfig
 from engine.models.params import Params
 from engine.models.pipeline import micro_batches
@@ -20,6 +19,7 @@ from engine.models.placement import abstract, on_all, on_mesh, stage_layers
 from engine.models.transformer import attention_spec
 from engine.slots import empty_tables
 from engine.step import DeviceState, StepOutput, step
+from engine.step_input import StepShape, flat_size
 from kernels.attention import Backend
 from sharding.axes import axes_of
 from sharding.mesh import AXES
@@ -29,7 +29,7 @@ MICRO_TOKENS = {"cpu": 8}  # of a pipeline's micro-batch at least: with fewer, a
 OTHER_MICRO_TOKENS = 128
 
 
-class Layout:
+class StepLayout:
     """A model on a mesh (stage, model). `specs`: what each place of a stage asks of the attention backend."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, expert_parallel: bool = False):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from engine.batch import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, gpu_step_shapes, step_shapes
 from engine.config import EngineConfig, ResolvedConfig
-from engine.layout import ALL, EACH, Layout
+from engine.executables import ExecutableCache
+from engine.layout import ALL, EACH, StepLayout
 from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.params import Params
@@ -29,6 +30,7 @@ from engine.request import Request
 from engine.scheduler import StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
 from engine.step import DeviceState, StepOutput, write_page_table, write_slot
+from engine.step_input import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, gpu_step_shapes, step_shapes
 from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
@@ -58,12 +60,15 @@ class Runner:
         mesh: Mesh,
         load: Callable[[Params], Params],
         report: Callable[[str], None],
+        cache_folder: Path | None = None,
     ):
         """Compile every step for a mesh (stage, model) while `load`, in a thread, fetches the parameters, whose
         places it is given (a tree of `placement.Placed`). Errors: ValueError, `load`'s too.
+
+        `cache_folder`: where compiled steps are kept between processes, if at all.
         """
-        self.model, self.num_traces = model, 0
-        self.layout = Layout(model, mesh, config.enable_expert_parallel)
+        self.model, self.num_traces, self._lowering = model, 0, Lock()
+        self.layout = StepLayout(model, mesh, config.enable_expert_parallel)
         self._device = device = mesh.devices.flat[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
         self._abstract_params = self.layout.params(resolved.dtype)
@@ -96,15 +101,19 @@ class Runner:
             page_bytes=_tree_bytes(state_spec(1).kv_caches),
             sharers=sum(other.process_index == device.process_index for other in jax.devices()),
         )  # fmt: skip
+        grid = [mesh.shape, [other.id for other in mesh.devices.flat], config.enable_expert_parallel]
+        identity = (model, resolved, self.backend.name, self._abstract_params, grid)
+        self._cache = ExecutableCache(cache_folder, device, *identity)
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
         with ThreadPoolExecutor(1, "load") as loader:
             loading = loader.submit(load, self.layout.placed)
             if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
                 plan = sizes(temporaries=0)
             else:
-                plan = sizes(temporaries=_temporaries(self._compile(largest, state_spec(pages_per_row + 1))))
+                measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1)))
+                plan = sizes(temporaries=self._cache.get_number("temporaries", measure))
             state = state_spec(plan.num_pages)
-            self.executables = self._compile_all(state, loading, report)
+            self.executables = self._compile_all(state, plan.num_pages, loading, report)
             self.params = loading.result()
         # Planned once: the pool must hand out the pages that the cache has, whatever compiling left in use since.
         self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
@@ -128,15 +137,16 @@ class Runner:
         options: dict[str, Any] | None = None
         if self._device.platform == "gpu" and shape.tokens > TUNED_TOKENS:
             options = NO_TRITON if fullest else UNTUNED
-        lowered = self._step.lower(
-            backend, self.page_size, shape, self._abstract_params, state, self.layout.flat(shape)
-        )
+        with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
+            lowered = self._step.lower(
+                backend, self.page_size, shape, self._abstract_params, state, self.layout.flat(shape)
+            )
         return lowered.compile(options)
 
     def _compile_all(
-        self, state: DeviceState, loading: Future[Params], report: Callable[[str], None]
+        self, state: DeviceState, num_pages: int, loading: Future[Params], report: Callable[[str], None]
     ) -> dict[StepShape, Any]:
-        """-> every step's executable. Gives up as soon as loading has failed."""
+        """-> every step's executable, from the cache or compiled. Gives up as soon as loading has failed."""
         started = time.perf_counter()
         report(f"compiling {len(self.shapes)} step shapes")
         executables = {}
@@ -146,7 +156,8 @@ class Runner:
         def compile_one(shape: StepShape) -> tuple[StepShape, Any]:
             if loading.done():
                 loading.result()
-            return shape, self._compile(shape, state)
+            name = f"{shape.rows}x{shape.tokens}{'-plain' * shape.plain}-{num_pages}-pages"
+            return shape, self._cache.get(name, lambda: self._compile(shape, state))
 
         slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
         with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
@@ -158,16 +169,19 @@ class Runner:
 
     def _prepare_slots(self) -> None:
         """Compile the small functions that run before some steps."""
-        tables, nowhere = self.state.tables, jnp.zeros(COPIES, jnp.int32)
-        table, ints = self.state.page_table, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-        rows = jax.jit(write_page_table, donate_argnums=0, out_shardings=self.layout.of_all)
-        self._write_pages = rows.lower(table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1])).compile()
-        row = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
-        slot = jax.ShapeDtypeStruct((), jnp.int32)
-        one = jax.jit(write_slot, donate_argnums=0, out_shardings=self.layout.of_all)
-        self._write_slot = one.lower(tables, slot, row).compile()
-        copy = jax.jit(self.layout.spread(copy_pages, (EACH, ALL, ALL), EACH), donate_argnums=0)
-        self._copy_pages = copy.lower(self.state.kv_caches, nowhere, nowhere).compile()
+
+        def compiled(function: Callable[..., Any], outputs: Any, *arguments: Any) -> Any:
+            lower = jax.jit(function, donate_argnums=0, out_shardings=outputs).lower
+            return self._cache.get(f"{function.__name__}-{self.num_pages}-pages", lambda: lower(*arguments).compile())
+
+        tables, table, of_all = self.state.tables, self.state.page_table, self.layout.of_all
+        ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        slot = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
+        rows = ints(TABLE_ROWS, table.shape[1])
+        self._write_pages = compiled(write_page_table, of_all, table, ints(TABLE_ROWS), rows)
+        self._write_slot = compiled(write_slot, of_all, tables, ints(), slot)
+        copy = self.layout.spread(copy_pages, (EACH, ALL, ALL), EACH)
+        self._copy_pages = compiled(copy, self.layout.of_each, self.state.kv_caches, ints(COPIES), ints(COPIES))
 
     @property
     def num_pages(self) -> int:
@@ -201,14 +215,6 @@ class Runner:
         assert request.slot is not None
         tables = self._write_slot(self.state.tables, np.int32(request.slot), row)
         self.state = replace(self.state, tables=tables)
-
-
-def enable_compilation_cache(folder: str | None) -> None:
-    """Keep compiled steps in JAX's persistent cache, unless the user has set one up already."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        path = Path(folder) if folder else Path.home() / ".cache" / "quire" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from engine.core import EngineCore
 from engine.memory import limit_gpu_pool
 from engine.models.params import Params
 from engine.models.relay import random_params
-from engine.runner import Runner, enable_compilation_cache
+from engine.runner import Runner
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
 from engine.weights.load import load_params, open_checkpoint, read_config
@@ -31,7 +31,7 @@ def print_report(line: str) -> None:
 def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> EngineCore:
     """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault."""
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it names each absent backend
-    enable_compilation_cache(config.compilation_cache_dir)
+    cache = _cache_folder(config)
     limit_gpu_pool(config)
     dummy = config.load_format == "dummy"
     _make_cpu_devices(config)
@@ -60,7 +60,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
 
     sizes = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     (mesh,) = replica_meshes(jax.devices(), *sizes)
-    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, mesh, load, report))
+    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, mesh, load, report, cache))
 
 
 def _make_cpu_devices(config: EngineConfig) -> None:
@@ -69,3 +69,13 @@ def _make_cpu_devices(config: EngineConfig) -> None:
     if size > 1:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", size)
+
+
+def _cache_folder(config: EngineConfig) -> Path | None:
+    """-> where compiled steps are kept; None where the user has set up JAX's own cache. Errors: ValueError for both."""
+    jax_own, ours = jax.config.jax_compilation_cache_dir, config.compilation_cache_dir  # type: ignore[attr-defined]
+    if jax_own and ours:
+        raise ValueError(f"compilation_cache_dir: JAX has a cache set up already, {jax_own}; leave one of the two out")
+    if jax_own:
+        return None
+    return Path(ours) if ours else Path.home() / ".cache" / "quire"

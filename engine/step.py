@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from engine.batch import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
 from engine.models.config import ModelConfig
 from engine.models.params import Params
 from engine.models.transformer import forward, logits
 from engine.request import MAX_LOGPROBS
 from engine.sampler import SampleOutput, SamplingInput, SlotTables, prompt_logprobs, sample
+from engine.step_input import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
 from kernels.attention import Backend, RaggedBatch
 from sharding.axes import ALONE, Axes
 
@@ -57,7 +57,7 @@ def step(
     flat: Array,
     axes: Axes = ALONE,
 ) -> tuple[DeviceState, StepOutput]:
-    """Compute one step. `flat` is batch.BatchBuilder.build's int32 array; what comes before `params` is static.
+    """Compute one step. `flat` is BatchBuilder.build's int32 array; what comes before `params` is static.
 
     On a mesh it runs inside `jax.shard_map`: `params` and `kv_caches` are this device's, all else is everybody's.
     """

@@ -24,7 +24,7 @@ LAYERS = """
     chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
     pooling runner
     layout
-    batch memory speculate step weights
+    executables memory speculate step step_input weights
     scheduler
     slots
     models sampler

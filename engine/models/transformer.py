@@ -19,6 +19,8 @@ from engine.models.pipeline import cut, cut_tokens, nothing
 from engine.models.placement import stage_layers
 from engine.models.rope import apply_rope, rope_tables
 from kernels.attention import AttentionSpec, Backend, HeadInputs, RaggedBatch
+from kernels.product import rows_product, take_rows
+from kernels.quantized import QuantizedTensor
 from sharding.axes import ALONE, Axes
 from sharding.heads import split_heads
 from sharding.pipeline import rotate
@@ -182,7 +184,7 @@ def _attention(
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         out, kv_cache = backend.update_and_attend(q, k, finite(v), kv_cache, batch, spec, **options)
-    return project(out.reshape(x.shape[0], -1), p["out"].reshape(-1, x.shape[1])), kv_cache
+    return project(out, p["out"]), kv_cache
 
 
 def _latent_attention(
@@ -212,18 +214,19 @@ def _mlp(config: ModelConfig, layer: LayerSpec, axes: Axes, p: Params, x: Array,
     return gated_mlp(x, p["gate_up"], p["down"], config.activation, p.get("gate_up_bias"), None)
 
 
-def embed(table: Array, tokens: Array, axes: Axes = ALONE) -> Array:
+def embed(table: Array | QuantizedTensor, tokens: Array, axes: Axes = ALONE) -> Array:
     """table [V, D] or this device's rows of it, tokens [T] i32 -> [T, D]."""
     if axes.whole.size == 1:
-        return table[tokens]
-    own = tokens - axes.whole.index() * table.shape[0]
-    x = table.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return axes.whole.sum(x)
+        return take_rows(table, tokens)
+    count = jax.tree.leaves(table)[0].shape[0]
+    own = tokens - axes.whole.index() * count
+    is_here = (own >= 0) & (own < count)
+    x = take_rows(table, jnp.clip(own, 0, count - 1))
+    return axes.whole.sum(jnp.where(is_here[:, None], x, jnp.zeros_like(x)))
 
 
 def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
     """hidden [R, D] -> logits [R, V] float32; on a mesh, of the part of the vocabulary that this device has."""
     with jax.named_scope("logits"):
-        head = params.get("lm_head", params["embed"])
-        y = jnp.einsum("rd,vd->rv", hidden, head, preferred_element_type=jnp.float32)
+        y = rows_product(hidden, params.get("lm_head", params["embed"]))
         return y if config.logit_soft_cap is None else soft_cap(y, config.logit_soft_cap)

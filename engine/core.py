@@ -163,6 +163,10 @@ class EngineCore:
 
     # Steps
 
+    def is_ready(self) -> bool:
+        """-> whether `step` would not wait for the device."""
+        return self._in_flight is None or self.runner.is_done(self._in_flight)
+
     def step(self) -> list[Update]:
         """Launch the next step, then read the one before. -> what that one added."""
         plan = self.scheduler.plan()

@@ -206,6 +206,10 @@ class Runner:
         output.sampled.token.copy_to_host_async()
         return Launched(plan, output)
 
+    def is_done(self, launched: Launched) -> bool:
+        """-> whether `collect` would not wait."""
+        return launched.output.sampled.token.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+
     def collect(self, launched: Launched) -> np.ndarray:
         """Wait for a step. -> sampled token ids, one for each of the plan's rows."""
         return np.asarray(launched.output.sampled.token)[: len(launched.plan.rows)]

@@ -17,6 +17,7 @@ from engine.core import EngineCore
 from engine.memory import limit_gpu_pool
 from engine.models.params import Params
 from engine.models.relay import random_params
+from engine.replicas import Engine, Replicas
 from engine.runner import Runner
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
@@ -28,7 +29,7 @@ def print_report(line: str) -> None:
     print(f"quire: {line}", file=sys.stderr, flush=True)
 
 
-def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> EngineCore:
+def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> Engine:
     """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault."""
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it names each absent backend
     cache = _cache_folder(config)
@@ -59,8 +60,11 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
         return params
 
     sizes = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
-    (mesh,) = replica_meshes(jax.devices(), *sizes)
-    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, mesh, load, report, cache))
+    cores = [
+        EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, mesh, load, report, cache))
+        for mesh in replica_meshes(jax.devices(), *sizes)
+    ]
+    return cores[0] if len(cores) == 1 else Replicas(cores)
 
 
 def _make_cpu_devices(config: EngineConfig) -> None:

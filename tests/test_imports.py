@@ -20,7 +20,8 @@ PACKAGES = ("engine", "kernels", "sharding")
 LAYERS = """
     __init__ convert generate serve server
     llm
-    core startup
+    replicas startup
+    core
     chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
     pooling runner
     layout

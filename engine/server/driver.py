@@ -17,7 +17,8 @@ from engine.server.metrics import Metrics
 from engine.server.options import ServerOptions
 
 if TYPE_CHECKING:  # importing it brings JAX, and the port opens before that
-    from engine.core import EngineCore, Stats
+    from engine.core import Stats
+    from engine.replicas import Engine
 
 T = TypeVar("T")
 
@@ -79,8 +80,8 @@ class Ticket:
 class Driver:
     """Owns the engine's thread. Every method but `_run` and what it calls is for the event loop."""
 
-    def __init__(self, core_factory: Callable[[], EngineCore], options: ServerOptions, metrics: Metrics):
-        self.core: EngineCore | None = None  # None while loading
+    def __init__(self, core_factory: Callable[[], Engine], options: ServerOptions, metrics: Metrics):
+        self.core: Engine | None = None  # None while loading
         self.failure: BaseException | None = None  # why the engine's thread died
         self.loaded = asyncio.Event()
         self.ended = asyncio.Event()  # the thread has nothing more to do, for good or ill
@@ -93,14 +94,14 @@ class Driver:
         self._outstanding = 0  # completions submitted and not ended
         self._unstarted: dict[str, int] = {}  # prompt tokens, times n, of each group that has yielded nothing yet
         self._unstarted_tokens = 0
-        self._inbox: list[Callable[[EngineCore], None]] = []
+        self._inbox: list[Callable[[Engine], None]] = []
         self._stopping = False
         self._wake = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- the event loop's side
 
-    def ready(self) -> EngineCore:
+    def ready(self) -> Engine:
         """-> the loaded core. Errors: ApiError 503 when there is none to be had."""
         if self.failure is not None:
             raise ApiError(503, engine_failed().message, code="engine_failed")
@@ -148,12 +149,12 @@ class Driver:
         for ticket in set(self._tickets.values()):
             self.cancel(ticket, error)
 
-    async def call(self, function: Callable[[EngineCore], T]) -> T:
+    async def call(self, function: Callable[[Engine], T]) -> T:
         """-> function(core), called in the engine's thread between two steps."""
         self.ready()
         future: asyncio.Future[T] = self._loop.create_future()
 
-        def run(core: EngineCore) -> None:
+        def run(core: Engine) -> None:
             result = function(core)
             self._post(lambda: future.done() or future.set_result(result))
 
@@ -171,12 +172,12 @@ class Driver:
             self._stopping = True
             self._wake.notify()
 
-    def _send(self, command: Callable[[EngineCore], Any]) -> None:
+    def _send(self, command: Callable[[Engine], Any]) -> None:
         with self._wake:
             self._inbox.append(command)
             self._wake.notify()
 
-    def _loaded(self, core: EngineCore, stats: Stats) -> None:
+    def _loaded(self, core: Engine, stats: Stats) -> None:
         self.core = core
         self._metrics.loaded(core.config, core.resolved, stats)
         self.loaded.set()
@@ -256,7 +257,7 @@ class Driver:
         else:
             self._post(self.ended.set)
 
-    def _steps(self, core: EngineCore) -> None:
+    def _steps(self, core: Engine) -> None:
         while True:
             with self._wake:
                 while not (self._inbox or self._stopping or core.has_unfinished()):
@@ -270,7 +271,7 @@ class Driver:
             updates = core.step() if stepped else []
             self._post(functools.partial(self._deliver, updates, core.stats(), stepped))
 
-    def _add(self, core: EngineCore, ticket: Ticket) -> None:
+    def _add(self, core: Engine, ticket: Ticket) -> None:
         """Queue all of its groups; those of a ticket that is refused are aborted by the event loop."""
         error = None
         try:

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.detokenizer import Detokenizer
+from engine.hosts.leader import Leader
 from engine.models.config import ModelConfig
 from engine.pages import PagePool
 from engine.pooling import Pooler
@@ -162,6 +163,10 @@ class EngineCore:
         return self.scheduler.has_unfinished()
 
     # Steps
+
+    def failure(self) -> Exception | None:
+        """-> why the engine can do nothing more, though its thread may still be waiting for its devices."""
+        return self.runner.peers.failure if isinstance(self.runner.peers, Leader) else None
 
     def is_ready(self) -> bool:
         """-> whether `step` would not wait for the device."""

@@ -32,6 +32,7 @@ from sharding.axes import Axes
 
 POOLINGS = ("last", "mean", "cls")
 MAX_ROWS = 8  # prompts in one call of the device
+PARTS = (*(field.name for field in dataclasses.fields(RaggedBatch)), "tokens", "positions", "row_of", "weights")
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Pooler:
         pooled = partial(_pooled, runner.model, runner.backend, self.rows, layout.axes)
         splits = (layout.param_specs, EACH, ALL)
         self._forward = jax.jit(layout.spread(pooled, splits, (ALL, EACH)), donate_argnums=1)
+        runner.operations["embed"] = self._run
 
     def embed(self, prompts: Sequence[Sequence[int]], pooling: str, normalize: bool) -> np.ndarray:
         """token ids of each prompt -> [prompts, hidden] float32; of length 1 with `normalize`.
@@ -119,9 +121,15 @@ class Pooler:
             at, row.done = at + row.count, end
         part["write_offset"] = part["positions"] % page_size
         runner = self.runner
+        vectors = runner.dispatch("embed", *(part[name] for name in PARTS))
+        return list(zip(rows, runner.fetch(vectors), strict=False))
+
+    def _run(self, *arrays: np.ndarray) -> Array:
+        """-> one call's vectors, from the arrays that PARTS names."""
+        runner, part = self.runner, dict(zip(PARTS, arrays, strict=True))
         vectors, caches = self._forward(runner.params, runner.state.kv_caches, part)
         runner.state = replace(runner.state, kv_caches=caches)
-        return list(zip(rows, np.asarray(vectors), strict=False))
+        return vectors
 
 
 def _weights(pooling: str, count: int) -> np.ndarray:

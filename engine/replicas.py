@@ -123,6 +123,9 @@ class Replicas:
                 self.router.forget(update.group.request_id)
         return updates
 
+    def failure(self) -> Exception | None:
+        return next((failure for core in self.cores if (failure := core.failure()) is not None), None)
+
     def stats(self) -> Stats:
         """-> sums over the replicas; of kv_cache_usage, the mean."""
         each = [core.stats() for core in self.cores]

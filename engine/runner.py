@@ -22,6 +22,9 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.executables import ExecutableCache
+from engine.hosts.join import Peers, encode
+from engine.hosts.leader import Leader
+from engine.hosts.wire import HostLost
 from engine.layout import ALL, EACH, StepLayout
 from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
@@ -61,15 +64,18 @@ class Runner:
         load: Callable[[Params], Params],
         report: Callable[[str], None],
         cache_folder: Path | None = None,
+        peers: Peers | None = None,
     ):
         """Compile every step for a mesh (stage, model) while `load`, in a thread, fetches the parameters, whose
         places it is given (a tree of `placement.Placed`). Errors: ValueError, `load`'s too.
 
-        `cache_folder`: where compiled steps are kept between processes, if at all.
+        `cache_folder`: where compiled steps are kept between processes, if at all. `peers`: the other processes whose
+        devices are part of the mesh.
         """
         self.model, self.num_traces, self._lowering = model, 0, Lock()
+        self.peers = peers
         self.layout = StepLayout(model, mesh, config.enable_expert_parallel)
-        self._device = device = mesh.devices.flat[0]
+        self._device = device = mesh.local_devices[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
         self._abstract_params = self.layout.params(resolved.dtype)
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
@@ -112,6 +118,8 @@ class Runner:
             else:
                 measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1)))
                 plan = sizes(temporaries=self._cache.get_number("temporaries", measure))
+            if peers is not None:
+                plan = replace(plan, num_pages=peers.agree(plan.num_pages))
             state = state_spec(plan.num_pages)
             self.executables = self._compile_all(state, plan.num_pages, loading, report)
             self.params = loading.result()
@@ -168,7 +176,7 @@ class Runner:
         return executables
 
     def _prepare_slots(self) -> None:
-        """Compile the small functions that run before some steps."""
+        """Compile the small functions that run before some steps, and name everything that the devices can do."""
 
         def compiled(function: Callable[..., Any], outputs: Any, *arguments: Any) -> Any:
             lower = jax.jit(function, donate_argnums=0, out_shardings=outputs).lower
@@ -178,10 +186,30 @@ class Runner:
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         slot = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
         rows = ints(TABLE_ROWS, table.shape[1])
-        self._write_pages = compiled(write_page_table, of_all, table, ints(TABLE_ROWS), rows)
-        self._write_slot = compiled(write_slot, of_all, tables, ints(), slot)
+        write_pages = compiled(write_page_table, of_all, table, ints(TABLE_ROWS), rows)
+        write_row = compiled(write_slot, of_all, tables, ints(), slot)
         copy = self.layout.spread(copy_pages, (EACH, ALL, ALL), EACH)
-        self._copy_pages = compiled(copy, self.layout.of_each, self.state.kv_caches, ints(COPIES), ints(COPIES))
+        copy = compiled(copy, self.layout.of_each, self.state.kv_caches, ints(COPIES), ints(COPIES))
+
+        def run_step(shape: np.ndarray, flat: np.ndarray) -> StepOutput:
+            rows, tokens, plain = shape.tolist()
+            self.state, output = self.executables[StepShape(rows, tokens, bool(plain))](self.params, self.state, flat)
+            return output
+
+        def run_write_pages(slots: np.ndarray, rows: np.ndarray) -> None:
+            self.state = replace(self.state, page_table=write_pages(self.state.page_table, slots, rows))
+
+        def run_write_slot(slot: np.ndarray, *row: np.ndarray) -> None:
+            row_tree = jax.tree.unflatten(jax.tree.structure(tables), row)
+            self.state = replace(self.state, tables=write_row(self.state.tables, slot, row_tree))
+
+        def run_copy_pages(sources: np.ndarray, destinations: np.ndarray) -> None:
+            self.state = replace(self.state, kv_caches=copy(self.state.kv_caches, sources, destinations))
+
+        self.operations: dict[str, Callable[..., Any]] = {
+            "step": run_step, "write_pages": run_write_pages, "write_slot": run_write_slot,
+            "copy_pages": run_copy_pages,
+        }  # fmt: skip
 
     @property
     def num_pages(self) -> int:
@@ -195,30 +223,60 @@ class Runner:
             if needs_slot_row(request):
                 self._fill_slot(request)
         for i in range(0, len(plan.copies), COPIES):
-            pairs = np.zeros((COPIES, 2), np.int32)  # page 0 onto itself where there are fewer
-            pairs[: len(plan.copies) - i] = plan.copies[i : i + COPIES]
-            caches = self._copy_pages(self.state.kv_caches, pairs[:, 0].copy(), pairs[:, 1].copy())
-            self.state = replace(self.state, kv_caches=caches)
+            pairs = np.zeros((2, COPIES), np.int32)  # page 0 onto itself where there are fewer
+            pairs[:, : len(plan.copies) - i] = np.transpose(plan.copies[i : i + COPIES])
+            self.dispatch("copy_pages", *pairs)
         for slots, rows in self.builder.table_rows(plan):
-            self.state = replace(self.state, page_table=self._write_pages(self.state.page_table, slots, rows))
-        flat = self.builder.build(plan, shape)
-        self.state, output = self.executables[shape](self.params, self.state, flat)
+            self.dispatch("write_pages", slots, rows)
+        output = self.dispatch("step", np.array(shape, np.int32), self.builder.build(plan, shape))
         output.sampled.token.copy_to_host_async()
         return Launched(plan, output)
+
+    def dispatch(self, name: str, *arrays: Any) -> Any:
+        """Give work to the devices, here and in every other process. -> what it makes. Errors: HostLost."""
+        if isinstance(self.peers, Leader):
+            self.peers.send(encode(name, arrays))
+            self.peers.began(lambda: False)  # on a CPU, the call itself may wait for the others
+        made = self.execute(name, list(arrays))
+        if isinstance(self.peers, Leader):
+            self.peers.began(lambda: True if made is None else jax.tree.leaves(made)[0].is_ready())
+        return made
+
+    def execute(self, name: str, arrays: list[Any]) -> Any:
+        """Give work to the devices of this process. -> what it makes."""
+        try:
+            return self.operations[name](*arrays)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._lost(error) from None
 
     def is_done(self, launched: Launched) -> bool:
         """-> whether `collect` would not wait."""
         return launched.output.sampled.token.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
     def collect(self, launched: Launched) -> np.ndarray:
-        """Wait for a step. -> sampled token ids, one for each of the plan's rows."""
-        return np.asarray(launched.output.sampled.token)[: len(launched.plan.rows)]
+        """Wait for a step. -> sampled token ids, one for each of the plan's rows. Errors: HostLost."""
+        return self.fetch(launched.output.sampled.token)[: len(launched.plan.rows)]
+
+    def fetch(self, array: Any) -> np.ndarray:
+        """Wait for an array that every device has whole. Errors: HostLost."""
+        if not isinstance(self.peers, Leader):
+            return np.asarray(array)
+        self.peers.wait(array.is_ready)
+        try:
+            return np.asarray(array)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, error: jax.errors.JaxRuntimeError) -> Exception:
+        """-> what to raise when the devices fail: in company, it is most likely another host that did."""
+        if not isinstance(self.peers, Leader):
+            return error
+        return self.peers.fail(HostLost(f"a step has failed: {error!s:.300}".splitlines()[0]))
 
     def _fill_slot(self, request: Request) -> None:
         row = slot_row(request, self.state.tables.tokens.shape[1], self.model.vocab_size)
         assert request.slot is not None
-        tables = self._write_slot(self.state.tables, np.int32(request.slot), row)
-        self.state = replace(self.state, tables=tables)
+        self.dispatch("write_slot", np.int32(request.slot), *jax.tree.leaves(row))
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import jax
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.hosts.follower import Follower
+from engine.hosts.join import Peers, follow, identity, joined
 from engine.memory import limit_gpu_pool
 from engine.models.params import Params
 from engine.models.relay import random_params
@@ -30,15 +32,35 @@ def print_report(line: str) -> None:
 
 
 def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> Engine:
-    """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault."""
+    """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault.
+
+    In every process but the first of several, this does not return: it follows the first one, then ends the process.
+    """
+    _make_cpu_devices(config)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it names each absent backend
-    cache = _cache_folder(config)
+    if config.num_processes is None:
+        return _start(config, None, report)
+    with joined(config, report) as peers:
+        engine = _start(config, peers, report)
+        peers.agree(1)  # everybody has loaded and compiled
+        peers.is_ready = True
+        if isinstance(peers, Follower):
+            assert isinstance(engine, EngineCore)
+            report(f"process {config.process_id} follows process 0")
+            follow(peers, engine.runner.execute)
+            sys.exit(0)
+        return engine
+
+
+def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], None]) -> Engine:
+    cache = None if peers else _cache_folder(config)
     limit_gpu_pool(config)
     dummy = config.load_format == "dummy"
-    _make_cpu_devices(config)
     path = locate(config.model, config.revision, weights=not dummy)
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
     model = checkpoint.config if checkpoint else read_config(path)
+    if peers is not None:
+        peers.compare(identity(config, path))
     resolved = config.resolve(model_max_len=model.max_model_len, platform=jax.devices()[0].platform)
     model = replace(model, max_model_len=resolved.max_model_len)  # some rope scalings ask how long a sequence may get
     tokenizer = None
@@ -61,7 +83,9 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
 
     sizes = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     cores = [
-        EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, mesh, load, report, cache))
+        EngineCore(
+            config, resolved, model, tokenizer, Runner(config, resolved, model, mesh, load, report, cache, peers)
+        )
         for mesh in replica_meshes(jax.devices(), *sizes)
     ]
     return cores[0] if len(cores) == 1 else Replicas(cores)
@@ -70,6 +94,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
 def _make_cpu_devices(config: EngineConfig) -> None:
     """Ask for as many CPU devices as the mesh has, in case there is no accelerator; too late once JAX has started."""
     size = config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size
+    size = -(-size // (config.num_processes or 1))  # of this process
     if size > 1:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", size)

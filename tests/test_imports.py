@@ -24,6 +24,7 @@ LAYERS = """
     core
     chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
     pooling runner
+    hosts
     layout
     executables memory speculate step step_input weights
     scheduler

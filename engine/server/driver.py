@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from absl import logging
 
 from engine.request import Group, RequestError, Update
-from engine.server.errors import RETRY_SOON, ApiError, engine_failed, shutting_down, still_loading
+from engine.server.errors import (
+    RETRY_LATER,
+    RETRY_SOON,
+    ApiError,
+    engine_failed,
+    host_lost,
+    shutting_down,
+    still_loading,
+)
 from engine.server.metrics import Metrics
 from engine.server.options import ServerOptions
 
@@ -21,6 +29,7 @@ if TYPE_CHECKING:  # importing it brings JAX, and the port opens before that
     from engine.replicas import Engine
 
 T = TypeVar("T")
+WATCH_SECONDS = 0.25
 
 
 class Ticket:
@@ -104,7 +113,7 @@ class Driver:
     def ready(self) -> Engine:
         """-> the loaded core. Errors: ApiError 503 when there is none to be had."""
         if self.failure is not None:
-            raise ApiError(503, engine_failed().message, code="engine_failed")
+            raise ApiError(503, engine_failed().message, code="engine_failed", headers=RETRY_LATER)
         if self.closed:
             raise shutting_down()
         if self.core is None:
@@ -181,6 +190,7 @@ class Driver:
         self.core = core
         self._metrics.loaded(core.config, core.resolved, stats)
         self.loaded.set()
+        self._watch()
 
     def _accepted(self, ticket: Ticket, error: ApiError | None) -> None:
         if error is None:
@@ -234,9 +244,18 @@ class Driver:
         self._metrics.finished(group)
 
     def _died(self, error: BaseException) -> None:
-        self.failure = error
-        self.cancel_all(engine_failed())
-        self.ended.set()
+        if self.failure is None:
+            self.failure = error
+            self.cancel_all(host_lost() if isinstance(error, ConnectionError) else engine_failed())
+            self.ended.set()
+
+    def _watch(self) -> None:
+        """Look whether the engine has failed while its thread waits for devices that will never answer."""
+        assert self.core is not None
+        if (failure := self.core.failure()) is not None:
+            self._died(failure)
+        elif not self.ended.is_set():
+            self._loop.call_later(WATCH_SECONDS, self._watch)
 
     # -- the engine's side
 

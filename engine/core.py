@@ -285,6 +285,7 @@ class EngineCore:
         if self._in_flight is not None:
             self.runner.collect(self._in_flight)
             self._in_flight = None
+        self.runner.close()
 
     def _need_tokenizer(self, field: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -267,11 +267,17 @@ class Runner:
         except jax.errors.JaxRuntimeError as error:
             raise self._lost(error) from None
 
-    def _lost(self, error: jax.errors.JaxRuntimeError) -> Exception:
+    def _lost(self, error: Exception) -> Exception:
         """-> what to raise when the devices fail: in company, it is most likely another host that did."""
         if not isinstance(self.peers, Leader):
             return error
         return self.peers.fail(HostLost(f"a step has failed: {error!s:.300}".splitlines()[0]))
+
+    def close(self) -> None:
+        """Let the other processes end; nothing is launched after this."""
+        if isinstance(self.peers, Leader) and self.peers.failure is None:
+            self.peers.close()
+            jax.distributed.shutdown()
 
     def _fill_slot(self, request: Request) -> None:
         row = slot_row(request, self.state.tables.tokens.shape[1], self.model.vocab_size)

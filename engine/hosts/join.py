@@ -25,7 +25,12 @@ from engine.hosts.leader import END_SECONDS, Leader
 from engine.hosts.wire import HostLost, parse_address, read_secret
 
 OWN_SETTINGS = {
-    "model", "tokenizer", "process_id", "control_address", "secret_file", "compilation_cache_dir",
+    "model",
+    "tokenizer",
+    "process_id",
+    "control_address",
+    "secret_file",
+    "compilation_cache_dir",
 }  # may differ by host
 ENDS = 1 << 20  # bytes at either end of a checkpoint's files that its hash covers
 

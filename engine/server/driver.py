@@ -264,10 +264,8 @@ class Driver:
             core = self._core_factory()
             stats = core.stats()
             self._post(lambda: self._loaded(core, stats))
-            try:
-                self._steps(core)
-            finally:
-                core.close()
+            self._steps(core)
+            core.close()
         except BaseException as error:  # the process must learn of it, whatever it is
             failure = error
             if not isinstance(error, (ValueError, OSError)):  # those explain themselves

@@ -82,6 +82,7 @@ class EngineConfig:
     compilation_cache_dir: str | None = _setting(
         None, "Where compiled steps are kept; default: ~/.cache/quire, or JAX's own cache if that is set up."
     )
+    profile_dir: str | None = _setting(None, "Folder for profiler traces; without it none can be asked for.")
     seed: int = _setting(0, "Draws the seeds of requests that name none, and dummy weights.", kind=int)
 
     def __post_init__(self):

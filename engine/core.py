@@ -16,6 +16,7 @@ from engine.hosts.leader import Leader
 from engine.models.config import ModelConfig
 from engine.pages import PagePool
 from engine.pooling import Pooler
+from engine.profiler import Profiler
 from engine.request import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -80,6 +81,7 @@ class EngineCore:
         self._groups: dict[str, Group] = {}
         self._detokenizers: dict[Request, Detokenizer] = {}
         self._in_flight: Launched | None = None
+        self._profiler = Profiler(config.profile_dir)
         self._prompt_tokens = self._generation_tokens = self._last_iteration_tokens = 0
 
     # Requests
@@ -279,6 +281,16 @@ class EngineCore:
     def reset_prefix_cache(self) -> bool:
         """Forget all prefixes. -> False, with nothing done, while requests hold pages."""
         return self.scheduler.pool.reset()
+
+    def start_profile(self) -> None:
+        """Begin a profiler trace in profile_dir. Errors: RequestError, if there is none or one is being made."""
+        self._profiler.start()
+
+    def stop_profile(self) -> None:
+        """End the trace, with the steps that are in flight in it. Errors: RequestError, if none is being made."""
+        if self._in_flight is not None:
+            self.runner.collect(self._in_flight)
+        self._profiler.stop()
 
     def close(self) -> None:
         """Wait for the device; the engine is not used after this."""

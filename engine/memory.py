@@ -63,7 +63,8 @@ def plan_memory(
             stats = device.memory_stats()
             limit = stats["bytes_limit"]  # on a GPU, the pool that `limit_gpu_pool` has asked for
             share = 1 if device.platform == "gpu" else config.gpu_memory_utilization
-            room = int(limit * share) - in_use - weights - temporaries - tables - RESERVE
+            # Temporaries twice: what a step hands out may lie in the middle of what is free, in the next one's way.
+            room = int(limit * share) - in_use - weights - 2 * temporaries - tables - RESERVE
             source = f"gpu_memory_utilization {config.gpu_memory_utilization}, which gives {_mib(int(limit * share))}"
         num_pages = max(room, 0) // page_bytes
     plan = MemoryPlan(weights, temporaries, tables, page_bytes, num_pages, page)

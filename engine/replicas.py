@@ -137,6 +137,13 @@ class Replicas:
         done = [core.reset_prefix_cache() for core in self.cores]
         return all(done)
 
+    def start_profile(self) -> None:
+        """As EngineCore.start_profile: a trace is of the whole process."""
+        self.cores[0].start_profile()
+
+    def stop_profile(self) -> None:
+        self.cores[0].stop_profile()
+
     def close(self) -> None:
         for core in self.cores:
             core.close()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from engine.hosts.join import Peers, encode
 from engine.hosts.leader import Leader
 from engine.hosts.wire import HostLost
 from engine.layout import ALL, EACH, StepLayout
-from engine.memory import MemoryPlan, plan_memory
+from engine.memory import RESERVE, MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.params import Params
 from engine.request import Request
@@ -77,7 +77,7 @@ class Runner:
         self.layout = StepLayout(model, mesh, config.enable_expert_parallel)
         self._device = device = mesh.local_devices[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        self._abstract_params = self.layout.params(resolved.dtype)
+        params, self._dtype = self.layout.params(resolved.dtype), resolved.dtype
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
         specs = set(self.layout.specs)
         self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
@@ -89,42 +89,46 @@ class Runner:
         self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row)
         self.page_size = page
 
-        def state_spec(num_pages: int) -> DeviceState:
-            return self.layout.state(
-                self.backend, num_pages, page, kv_dtype, resolved.max_num_seqs, resolved.max_model_len
-            )
+        def state_spec(num_pages: int, layout: StepLayout = self.layout) -> DeviceState:
+            return layout.state(self.backend, num_pages, page, kv_dtype, resolved.max_num_seqs, resolved.max_model_len)
 
         def counted(*arguments: Any) -> Any:
             self.num_traces += 1
-            return self.layout.step(*arguments)
+            return StepLayout.step(*arguments)
 
-        self._step = jax.jit(counted, static_argnums=(0, 1, 2), donate_argnums=4)
+        self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
         sizes = partial(
             plan_memory, config, resolved, device,
             in_use=in_use,
-            weights=_tree_bytes(self._abstract_params),
+            weights=_tree_bytes(params),
             tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
             page_bytes=_tree_bytes(state_spec(1).kv_caches),
             sharers=sum(other.process_index == device.process_index for other in jax.devices()),
         )  # fmt: skip
         grid = [mesh.shape, [other.id for other in mesh.devices.flat], config.enable_expert_parallel]
-        identity = (model, resolved, self.backend.name, self._abstract_params, grid)
+        identity = (model, resolved, self.backend.name, params, grid)
         self._cache = ExecutableCache(cache_folder, device, *identity)
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
         with ThreadPoolExecutor(1, "load") as loader:
             loading = loader.submit(load, self.layout.placed)
-            if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
-                plan = sizes(temporaries=0)
-            else:
-                measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1)))
-                plan = sizes(temporaries=self._cache.get_number("temporaries", measure))
-            if peers is not None:
-                plan = replace(plan, num_pages=peers.agree(plan.num_pages))
-            state = state_spec(plan.num_pages)
-            self.executables = self._compile_all(state, plan.num_pages, loading, report)
+            temporaries = 0
+            if device.platform != "cpu":  # where nothing depends on them
+                few = tuple(dict.fromkeys(model.layers)) * max(2, mesh.shape["stage"])
+                small = StepLayout(replace(model, layers=few), mesh, config.enable_expert_parallel)
+                measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1, small), small))
+                temporaries = self._cache.get_number("temporaries", measure)
+            while True:
+                plan = sizes(temporaries=temporaries)
+                if peers is not None:
+                    plan = replace(plan, num_pages=peers.agree(plan.num_pages))
+                state = state_spec(plan.num_pages)
+                self.executables = self._compile_all(state, plan.num_pages, loading, report)
+                # Planned once: the pool hands out the pages that the cache has, whatever is in use since.
+                self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
+                if device.platform == "cpu" or self.memory.temporaries <= temporaries + RESERVE // 2:
+                    break
+                temporaries = self.memory.temporaries  # two layers of each kind told too little
             self.params = loading.result()
-        # Planned once: the pool must hand out the pages that the cache has, whatever compiling left in use since.
-        self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
         for line in self.memory.describe(resolved.max_model_len):
             report(line)
         empty = (state.kv_caches, state.page_table)
@@ -137,18 +141,18 @@ class Runner:
         new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
         self.state = DeviceState(kv_caches, page_table, jax.jit(new_tables, out_shardings=where.tables)())
         self._prepare_slots()
+        Thread(target=self._cache.save_new, name="save steps").start()
 
-    def _compile(self, shape: StepShape, state: DeviceState) -> Any:
-        """-> the executable of a step. The step that long prompts fill gets the kernels that take long to compile."""
+    def _compile(self, shape: StepShape, state: DeviceState, layout: StepLayout) -> Any:
+        """-> the executable of a step of `layout`. The one that long prompts fill gets the slow-to-compile kernels."""
         fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
         backend = self.backend if fullest else self.backend.lesser or self.backend
         options: dict[str, Any] | None = None
         if self._device.platform == "gpu" and shape.tokens > TUNED_TOKENS:
             options = NO_TRITON if fullest else UNTUNED
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
-            lowered = self._step.lower(
-                backend, self.page_size, shape, self._abstract_params, state, self.layout.flat(shape)
-            )
+            params = layout.params(self._dtype)
+            lowered = self._step.lower(layout, backend, self.page_size, shape, params, state, layout.flat(shape))
         return lowered.compile(options)
 
     def _compile_all(
@@ -165,7 +169,7 @@ class Runner:
             if loading.done():
                 loading.result()
             name = f"{shape.rows}x{shape.tokens}{'-plain' * shape.plain}-{num_pages}-pages"
-            return shape, self._cache.get(name, lambda: self._compile(shape, state))
+            return shape, self._cache.get(name, lambda: self._compile(shape, state, self.layout))
 
         slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
         with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
@@ -229,7 +233,8 @@ class Runner:
         for slots, rows in self.builder.table_rows(plan):
             self.dispatch("write_pages", slots, rows)
         output = self.dispatch("step", np.array(shape, np.int32), self.builder.build(plan, shape))
-        output.sampled.token.copy_to_host_async()
+        for part in jax.tree.leaves(output.sampled):
+            part.copy_to_host_async()
         return Launched(plan, output)
 
     def dispatch(self, name: str, *arrays: Any) -> Any:

@@ -29,7 +29,7 @@ TABLE_ROWS = 8  # rows of page tables in one launch of their own; more take seve
 class StepShape(NamedTuple):
     """Rows and tokens (S and T of a RaggedBatch) that one executable is made for.
 
-    `plain`: no row asks for more of the sampler than a temperature (`slots.is_plain`), and the rest is left out.
+    `plain`: no row wants logprobs or edited logits (`slots.is_plain`), and the step leaves both out.
     """
 
     rows: int

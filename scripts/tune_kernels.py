@@ -48,19 +48,20 @@ def by_schedule(case: Any, blocks: Any) -> float:
     from tpu_report import measure
 
     row = measure(case, blocks)
-    return row["per_token"] if case.phase == "decode" else 1 / row["flops_share"]
+    return row["per_token"] if case.only_decodes else 1 / row["flops_share"]
 
 
 def by_time(case: Any, blocks: Any) -> float:
     from bench_kernels import measure
-    from tpu_cases import CHUNK, HEADS, LENGTH, ROWS
+    from tpu_cases import BATCHES, HEADS
 
     from kernels.attention import BACKENDS
 
     backend = BACKENDS["tpu"]
     backend = backend._replace(update_and_attend=partial(backend.update_and_attend, blocks=blocks))
-    rows, count = (ROWS, 1) if case.phase == "decode" else (1, CHUNK)
-    return measure(backend, HEADS[case.heads], rows, LENGTH, count, case.page)
+    rows, length, tokens = BATCHES[case.phase]
+    rows, count = (rows, 1) if case.only_decodes else (1, tokens)
+    return measure(backend, HEADS[case.heads], rows, length, count, case.page)
 
 
 def main() -> None:

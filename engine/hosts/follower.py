@@ -60,6 +60,8 @@ class Follower:
         except HostLost as error:
             if not self._ended:
                 self._on_loss(error)
+        finally:
+            self._channel.close()
 
     def _beat(self) -> None:
         while not self._ended:
@@ -82,5 +84,9 @@ def _connect(address: tuple[str, int], secret: bytes, number: int) -> socket.soc
             if time.monotonic() > deadline:
                 raise HostLost(f"process 0 does not listen at {address[0]}:{address[1]}: {error}") from None
             time.sleep(0.1)
-    prove(connection, secret, "follower", number, HANDSHAKE_SECONDS, "process 0")
+    try:
+        prove(connection, secret, "follower", number, HANDSHAKE_SECONDS, "process 0")
+    except HostLost:
+        connection.close()
+        raise
     return connection

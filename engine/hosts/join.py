@@ -112,7 +112,7 @@ def decode(message: Any) -> tuple[str, list[np.ndarray]]:
     try:
         name, arrays = message
         return str(name), [np.frombuffer(data, np.dtype(kind)).reshape(shape) for kind, shape, data in arrays]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise HostLost(f"process 0 sent no command: {error}") from None
 
 

@@ -33,7 +33,8 @@ class Channel:
         self._socket = connection
         self._lock = threading.Lock()
         self._sent = self._received = 0
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(SILENT_SECONDS)
 
     def send(self, message: Any) -> None:

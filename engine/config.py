@@ -62,6 +62,9 @@ class EngineConfig:
     tensor_parallel_size: int = _setting(1, "Devices that share each layer.", low=1, kind=int)
     pipeline_parallel_size: int = _setting(1, "Stages of layers, each on devices of its own.", low=1, kind=int)
     data_parallel_size: int = _setting(1, "Replicas of the engine, each on devices of its own.", low=1, kind=int)
+    parallel: str = _setting(
+        "manual", "auto: choose the three sizes by how the devices are connected.", choices=("manual", "auto")
+    )
     enable_expert_parallel: bool = _setting(
         False, "Spread whole experts over the devices of a layer, instead of a part of each one's width.", kind=bool
     )
@@ -105,6 +108,9 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.block_size is not None and self.block_size not in PAGE_SIZES:
             raise ValueError(f"block_size: must be one of {PAGE_SIZES}, got {self.block_size}")
+        sizes = (self.tensor_parallel_size, self.pipeline_parallel_size, self.data_parallel_size)
+        if self.parallel == "auto" and sizes != (1, 1, 1):
+            raise ValueError("parallel: auto chooses the sizes; leave tensor_, pipeline_ and data_parallel_size out")
         together = ("coordinator_address", "num_processes", "process_id", "control_address", "secret_file")
         given = [name for name in together if getattr(self, name) is not None]
         if given and len(given) < len(together):

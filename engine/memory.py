@@ -57,7 +57,7 @@ def plan_memory(
         if config.kv_cache_memory_bytes is not None:
             room, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
         elif device.platform == "cpu":
-            room, source = int(_ram_bytes() * CPU_SHARE / sharers), "kv_cache_memory_bytes (its default is 10 % of RAM)"
+            room, source = int(ram_bytes() * CPU_SHARE / sharers), "kv_cache_memory_bytes (its default is 10 % of RAM)"
             room = min(room, most * page_bytes)
         else:
             stats = device.memory_stats()
@@ -100,7 +100,7 @@ def _gpu_bytes() -> int | None:
     return None if failed else total.value
 
 
-def _ram_bytes() -> int:
+def ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.hosts.follower import Follower
 from engine.hosts.join import Peers, follow, identity, joined
-from engine.memory import limit_gpu_pool
+from engine.memory import limit_gpu_pool, ram_bytes
+from engine.models.config import ModelConfig
 from engine.models.params import Params
+from engine.models.placement import abstract, whole
 from engine.models.relay import random_params
 from engine.replicas import Engine, Replicas
 from engine.runner import Runner
@@ -25,6 +28,7 @@ from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
 from engine.weights.load import load_params, open_checkpoint, read_config
 from sharding.mesh import replica_meshes
+from sharding.topology import choose, read_topology
 
 
 def print_report(line: str) -> None:
@@ -81,7 +85,7 @@ def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], No
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         return params
 
-    sizes = config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
+    sizes = _parallel_sizes(config, model, resolved.dtype, report)
     cores = [
         EngineCore(
             config, resolved, model, tokenizer, Runner(config, resolved, model, mesh, load, report, cache, peers)
@@ -89,6 +93,24 @@ def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], No
         for mesh in replica_meshes(jax.devices(), *sizes)
     ]
     return cores[0] if len(cores) == 1 else Replicas(cores)
+
+
+def _parallel_sizes(
+    config: EngineConfig, model: ModelConfig, dtype: str, report: Callable[[str], None]
+) -> tuple[int, int, int]:
+    """-> how many devices share a layer, how many stages there are, and how many replicas."""
+    if config.parallel == "manual":
+        return config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
+    devices, local = jax.devices(), jax.local_devices()[0]
+    memory = (local.memory_stats() or {}).get("bytes_limit") or ram_bytes() // len(jax.local_devices())
+    weights = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract(whole(model), dtype))
+    )
+    chosen = choose(
+        read_topology(devices), weights, memory, model.num_kv_heads, len(model.layers), config.num_processes or 1
+    )
+    report(f"parallel: TP {chosen[0]} x PP {chosen[1]} x DP {chosen[2]} on {len(devices)} devices: {chosen.reason}")
+    return chosen[:3]
 
 
 def _make_cpu_devices(config: EngineConfig) -> None:

@@ -7,20 +7,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.kv_scales import abstract_scales, wanted, with_scales
 from engine.memory import limit_gpu_pool
+from engine.models.config import ModelConfig
 from engine.models.narrow import abstract_narrow, describe, random_narrow
 from engine.models.params import Params
 from engine.runner import Runner
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
-from engine.weights.load import load_params, open_checkpoint, quantization_of, read_config
+from engine.weights.load import Checkpoint, load_params, open_checkpoint, quantization_of, read_config
 from engine.weights.quantization import choose_quantization
 
 
@@ -54,17 +55,26 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     else:
         quantization = quantization_of(checkpoint, config.quantization, platform, resolved.dtype)
 
+    kv_scales = checkpoint.kv_scales if isinstance(checkpoint, Checkpoint) and not dummy else {}
+    scaled = wanted(model, resolved.kv_cache_dtype, kv_scales)
+
     def load() -> Params:
         began = time.perf_counter()
         if checkpoint is None or dummy:
             params = random_narrow(model, resolved.dtype, config.seed, quantization.plan)
         else:
             params = load_params(checkpoint, resolved.dtype, quantization=quantization)
+        if scaled:
+            params = with_scales(model, resolved.dtype, params, kv_scales, config.seed)
+            report(f"KV cache: scales of each head {'from the checkpoint' if kv_scales else 'measured'}")
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         report(f"weights: quantization {quantization.name}: {describe(params)}")
         return params
 
-    abstract = partial(abstract_narrow, dtype=resolved.dtype, plan=quantization.plan)
+    def abstract(model: ModelConfig) -> Params:
+        params = abstract_narrow(model, resolved.dtype, quantization.plan)
+        return abstract_scales(model, params) if scaled else params
+
     runner = Runner(config, resolved, model, load, report, cache, abstract)
     return EngineCore(config, resolved, model, tokenizer, runner)
 

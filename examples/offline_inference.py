@@ -10,7 +10,7 @@ PROMPTS = ["The sea is", "A list of prime numbers: 2, 3, 5,", "Once upon a time,
 
 
 def main() -> None:
-    llm = LLM(model=str(default_model()), max_model_len=256, max_num_seqs=4)
+    llm = LLM(model=str(default_model()), max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64)
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=24)
     for output in llm.generate(PROMPTS, params):
         print(f"{output.prompt}|{output.outputs[0].text}")

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels import cpu
+from kernels.cuda import product as cuda
+from kernels.pallas import product as pallas
 from kernels.quantized import Joined, QuantizedTensor, Weight, dequantize, quantize_activations
 
 CPU_BLOCK = 1024  # outputs
@@ -56,7 +58,9 @@ def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array
     """x [T, K], weight [N, K] -> [T, N] in `dtype`, by what the platform has for the weight's format."""
     plain = partial(reference, dtype=dtype)
     on_cpu = partial(cpu.few_tokens if cpu.supports(x.shape[0], weight) else _in_blocks, dtype=dtype)
-    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=plain)
+    on_cuda = partial(cuda.matrix_product, dtype=dtype)
+    on_tpu = partial(pallas.matrix_product, dtype=dtype) if pallas.supports(weight) is None else plain
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, cuda=on_cuda, tpu=on_tpu, default=plain)
 
 
 def _in_blocks(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:

@@ -40,7 +40,8 @@ class FakeOpenAI(asyncio.Protocol):
         head, found, rest = self.buffer.partition(b"\r\n\r\n")
         if not found:
             return
-        size = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        sizes = [int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+        size = sizes[0] if sizes else 0
         if len(rest) < size:
             return
         self.buffer = rest[size:]
@@ -64,7 +65,8 @@ class FakeOpenAI(asyncio.Protocol):
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def _stream(self, body: dict[str, Any], chat: bool) -> None:
-        ids = [int(word) for word in body["messages"][0]["content"].split()] if chat else body["prompt"]
+        prompt = body["messages"][0]["content"] if chat else body["prompt"]
+        ids = [int(word) for word in prompt.split()] if isinstance(prompt, str) else prompt
         waits = delays(ids, body["max_completion_tokens"] if chat else body["max_tokens"])
         self.transport.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
         loop = asyncio.get_running_loop()

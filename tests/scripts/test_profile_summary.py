@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "profile_summary.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "profile_summary.py"
 
 
 @pytest.fixture(scope="module")

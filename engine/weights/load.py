@@ -31,11 +31,12 @@ from engine.models.narrow import (
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
-from engine.weights.fp8 import with_scales
 from engine.weights.gguf import open_gguf
-from engine.weights.mxfp4 import MicroscaledTensor, with_dequantized
+from engine.weights.methods import with_method
+from engine.weights.mxfp4 import MicroscaledTensor
 from engine.weights.names import GGUF, HF
 from engine.weights.narrow_parts import merge_rows, narrow_part, parts_of_piece
+from engine.weights.narrow_tensors import Packed
 from engine.weights.orbax import OrbaxCheckpoint, is_orbax, open_orbax, restore
 from engine.weights.packed import expanded, is_packed
 from engine.weights.part import Part
@@ -80,13 +81,13 @@ def open_checkpoint(path: FilePath) -> Checkpoint | OrbaxCheckpoint:
         tensors = {name: file.stored(name) for name in file.tensors}
         method = "gguf" if any(map(is_packed, tensors.values())) else None
         return Checkpoint(str(path), config, family, GGUF, tensors, method)
-    family, config = _read_config(path)
+    family, config, values = _read_config(path)
     files = open_safetensors(path)
-    tensors = with_dequantized(str(path), {name: files.stored(name) for name in files.tensors})
-    tensors = with_scales(str(path), tensors)
+    stored = {name: files.stored(name) for name in files.tensors}
+    tensors, method = with_method(str(path), values.get("quantization_config"), stored)
     if any(isinstance(tensor, MicroscaledTensor) for tensor in tensors.values()):
         family = replace(family, packed_experts=True)
-    return Checkpoint(str(path), config, family, HF, tensors)
+    return Checkpoint(str(path), config, family, HF, tensors, method)
 
 
 def read_config(folder: FilePath) -> ModelConfig:
@@ -94,8 +95,8 @@ def read_config(folder: FilePath) -> ModelConfig:
     return open_orbax(folder).config if is_orbax(folder) else _read_config(folder)[1]
 
 
-def _read_config(folder: FilePath) -> tuple[Family, ModelConfig]:
-    """-> family and config from a folder's config.json. Errors: ValueError."""
+def _read_config(folder: FilePath) -> tuple[Family, ModelConfig, dict[str, Any]]:
+    """-> family and config from a folder's config.json, and what it holds. Errors: ValueError."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"model: {folder} is neither a .gguf file nor a folder with config.json")
@@ -105,7 +106,7 @@ def _read_config(folder: FilePath) -> tuple[Family, ModelConfig]:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: must hold an object, got {type(values).__name__}")
-    return from_hugging_face(str(file), values)
+    return *from_hugging_face(str(file), values), values
 
 
 def load_params(
@@ -217,5 +218,5 @@ def quantization_of(
 
 
 def _readable(tensor: StoredTensor) -> StoredTensor:
-    """-> the tensor in many bits."""
-    return tensor if hasattr(tensor, "read") else expanded(tensor)  # type: ignore[arg-type]
+    """-> the tensor, such that runs of it can be read quickly."""
+    return expanded(tensor) if isinstance(tensor, Packed) else tensor

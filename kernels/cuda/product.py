@@ -17,6 +17,7 @@ from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
 from kernels.tuned import file_name, found_for
 
 THIN = 64  # tokens up to which reading the weight takes longest
+FEW_OUTPUTS = 8192  # of which tiles of 64 are fewer than a large GPU's multiprocessors
 SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor that a program may have
 KERNELS = ("triton", "inside", "hopper", "library")
 CHANNEL, BLOCK, PACKED = "channel", "block", "packed"  # what kernels tell apart
@@ -49,17 +50,17 @@ def default_plan(kind: str, M: int, N: int, K: int, group: int) -> Plan:
 
     Few tokens: a weight with few outputs is split over its inputs, so that every multiprocessor has some of it.
     """
-    if (kind == CHANNEL and M > THIN) or (kind == PACKED and M > 1024):
+    if (kind == CHANNEL and M > 16) or (kind == PACKED and M > 128):
         return Plan("library")
-    if M > 16 and kind == BLOCK and group == hopper_narrow.BLOCK and on_hopper():
+    splits = 4 if N <= FEW_OUTPUTS and K % (4 * 256) == 0 else 1
+    if kind == BLOCK and group == hopper_narrow.BLOCK and (THIN if splits > 1 else 16) < M and on_hopper():
         rows, columns, stages = (64, 256, 4) if M <= 256 else (128, 128, 5)
         if hopper_narrow.supports(N, K, rows):
             return Plan("hopper", Tile(rows, columns, 128, stages=stages))
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
-    if rows == 16:
-        splits = 4 if N <= 8192 and K % (4 * 256) == 0 else 1
-        return Plan("triton", Tile(16, 64, 128, splits, stages=5))
-    return Plan("triton", Tile(rows, 64 if rows < 128 else 128, 128, warps=4 if rows < 128 else 8, stages=3))
+    if M > THIN:
+        return Plan("triton", Tile(rows, 128, 128, warps=8, stages=3))
+    return Plan("triton", Tile(rows, 64, 128, splits, stages=5 if rows == 16 else 4))
 
 
 def dtype_name(weight: QuantizedTensor) -> str:

@@ -17,19 +17,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.executables import ExecutableCache
+from engine.hosts.join import Peers, encode
+from engine.hosts.leader import Leader
+from engine.hosts.wire import HostLost
+from engine.layout import ALL, EACH, EMPTY, StepLayout
 from engine.memory import RESERVE, MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
-from engine.models.params import Params, abstract_params
-from engine.models.transformer import attention_spec
+from engine.models.narrow import Plan
+from engine.models.params import Params
 from engine.request import Request
 from engine.scheduler import StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
-from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
-from engine.step_input import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
+from engine.step import DeviceState, StepOutput, write_page_table, write_slot
+from engine.step_input import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, gpu_step_shapes, step_shapes
 from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
@@ -57,23 +62,27 @@ class Runner:
         config: EngineConfig,
         resolved: ResolvedConfig,
         model: ModelConfig,
-        load: Callable[[], Params],
+        mesh: Mesh,
+        load: Callable[[Params], Params],
         report: Callable[[str], None],
         cache_folder: Path | None = None,
-        abstract: Callable[[ModelConfig], Params] | None = None,
+        peers: Peers | None = None,
+        stored: Plan = EMPTY,
     ):
-        """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too.
+        """Compile every step for a mesh (stage, model) while `load`, in a thread, fetches the parameters, whose
+        places it is given (a tree of `placement.Placed`). Errors: ValueError, `load`'s too.
 
-        `cache_folder`: where compiled steps are kept between processes, if at all. `abstract`: a model's
-        parameters' shapes and dtypes, if they are not all of the resolved dtype.
+        `cache_folder`: where compiled steps are kept between processes, if at all. `peers`: the other processes whose
+        devices are part of the mesh. `stored`: which parameters are so in few bits.
         """
         self.model, self.num_traces, self._lowering = model, 0, Lock()
-        device = jax.devices()[0]
+        self.peers = peers
+        self.layout = StepLayout(model, mesh, config.enable_expert_parallel, stored)
+        self._device = device = mesh.local_devices[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        self._abstract = abstract or partial(abstract_params, dtype=resolved.dtype)
-        params = self._abstract(model)
+        params, self._dtype = self.layout.params(resolved.dtype), resolved.dtype
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
-        specs = {attention_spec(model, i) for i in range(len(model.layers))}
+        specs = set(self.layout.specs)
         self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
@@ -82,17 +91,13 @@ class Runner:
         self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
         self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row)
         self.page_size = page
-        new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
 
-        def state_spec(num_pages: int, model: ModelConfig = model) -> DeviceState:
-            specs = [attention_spec(model, i) for i in range(len(model.layers))]
-            caches = [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
-            page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
-            return DeviceState(caches, page_table, jax.eval_shape(new_tables))  # type: ignore[arg-type]
+        def state_spec(num_pages: int, layout: StepLayout = self.layout) -> DeviceState:
+            return layout.state(self.backend, num_pages, page, kv_dtype, resolved.max_num_seqs, resolved.max_model_len)
 
         def counted(*arguments: Any) -> Any:
             self.num_traces += 1
-            return step(*arguments)
+            return StepLayout.step(*arguments)
 
         self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
         sizes = partial(
@@ -101,19 +106,24 @@ class Runner:
             weights=_tree_bytes(params),
             tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
             page_bytes=_tree_bytes(state_spec(1).kv_caches),
+            sharers=sum(other.process_index == device.process_index for other in jax.devices()),
         )  # fmt: skip
-        identity = (model, resolved, self.backend.name, params)
+        grid = [mesh.shape, [other.id for other in mesh.devices.flat], config.enable_expert_parallel]
+        identity = (model, resolved, self.backend.name, params, grid)
         self._cache = ExecutableCache(cache_folder, device, *identity)
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
         with ThreadPoolExecutor(1, "load") as loader:
-            loading = loader.submit(load)
+            loading = loader.submit(load, self.layout.placed)
             temporaries = 0
             if device.platform != "cpu":  # where nothing depends on them
-                small = replace(model, layers=tuple(dict.fromkeys(model.layers)) * 2)
+                few = tuple(dict.fromkeys(model.layers)) * max(2, mesh.shape["stage"])
+                small = StepLayout(replace(model, layers=few), mesh, config.enable_expert_parallel, stored)
                 measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1, small), small))
                 temporaries = self._cache.get_number("temporaries", measure)
             while True:
                 plan = sizes(temporaries=temporaries)
+                if peers is not None:
+                    plan = replace(plan, num_pages=peers.agree(plan.num_pages))
                 state = state_spec(plan.num_pages)
                 self.executables = self._compile_all(state, plan.num_pages, loading, report)
                 # Planned once: the pool hands out the pages that the cache has, whatever is in use since.
@@ -125,23 +135,27 @@ class Runner:
         for line in self.memory.describe(resolved.max_model_len):
             report(line)
         empty = (state.kv_caches, state.page_table)
-        zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty))
+        where = jax.tree.map(lambda s: s.sharding, state)
+        zeros = jax.jit(
+            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty),
+            out_shardings=(where.kv_caches, where.page_table),
+        )
         kv_caches, page_table = zeros()
-        self.state = DeviceState(kv_caches, page_table, jax.jit(new_tables)())
+        new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
+        self.state = DeviceState(kv_caches, page_table, jax.jit(new_tables, out_shardings=where.tables)())
         self._prepare_slots()
         Thread(target=self._cache.save_new, name="save steps").start()
 
-    def _compile(self, shape: StepShape, state: DeviceState, model: ModelConfig) -> Any:
-        """-> the executable of a step of `model`. The one that long prompts fill gets the slow-to-compile kernels."""
+    def _compile(self, shape: StepShape, state: DeviceState, layout: StepLayout) -> Any:
+        """-> the executable of a step of `layout`. The one that long prompts fill gets the slow-to-compile kernels."""
         fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
         backend = self.backend if fullest else self.backend.lesser or self.backend
         options: dict[str, Any] | None = None
-        if jax.devices()[0].platform == "gpu" and shape.tokens > TUNED_TOKENS:
+        if self._device.platform == "gpu" and shape.tokens > TUNED_TOKENS:
             options = NO_TRITON if fullest or shape.tokens == UNLUCKY_TOKENS else UNTUNED
-        flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
-            params = self._abstract(model)
-            lowered = self._step.lower(model, backend, self.page_size, shape, params, state, flat)
+            params = layout.params(self._dtype)
+            lowered = self._step.lower(layout, backend, self.page_size, shape, params, state, layout.flat(shape))
         return lowered.compile(options)
 
     def _compile_all(
@@ -158,7 +172,7 @@ class Runner:
             if loading.done():
                 loading.result()
             name = f"{shape.rows}x{shape.tokens}{'-plain' * shape.plain}-{num_pages}-pages"
-            return shape, self._cache.get(name, lambda: self._compile(shape, state, self.model))
+            return shape, self._cache.get(name, lambda: self._compile(shape, state, self.layout))
 
         slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
         with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
@@ -169,18 +183,40 @@ class Runner:
         return executables
 
     def _prepare_slots(self) -> None:
-        """Compile the small functions that run before some steps."""
+        """Compile the small functions that run before some steps, and name everything that the devices can do."""
 
-        def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
-            lower = jax.jit(function, donate_argnums=0).lower
+        def compiled(function: Callable[..., Any], outputs: Any, *arguments: Any) -> Any:
+            lower = jax.jit(function, donate_argnums=0, out_shardings=outputs).lower
             return self._cache.get(f"{function.__name__}-{self.num_pages}-pages", lambda: lower(*arguments).compile())
 
-        tables, table = self.state.tables, self.state.page_table
+        tables, table, of_all = self.state.tables, self.state.page_table, self.layout.of_all
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         slot = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
-        self._write_pages = compiled(write_page_table, table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1]))
-        self._write_slot = compiled(write_slot, tables, ints(), slot)
-        self._copy_pages = compiled(copy_pages, self.state.kv_caches, ints(COPIES), ints(COPIES))
+        rows = ints(TABLE_ROWS, table.shape[1])
+        write_pages = compiled(write_page_table, of_all, table, ints(TABLE_ROWS), rows)
+        write_row = compiled(write_slot, of_all, tables, ints(), slot)
+        copy = self.layout.spread(copy_pages, (EACH, ALL, ALL), EACH)
+        copy = compiled(copy, self.layout.of_each, self.state.kv_caches, ints(COPIES), ints(COPIES))
+
+        def run_step(shape: np.ndarray, flat: np.ndarray) -> StepOutput:
+            rows, tokens, plain = shape.tolist()
+            self.state, output = self.executables[StepShape(rows, tokens, bool(plain))](self.params, self.state, flat)
+            return output
+
+        def run_write_pages(slots: np.ndarray, rows: np.ndarray) -> None:
+            self.state = replace(self.state, page_table=write_pages(self.state.page_table, slots, rows))
+
+        def run_write_slot(slot: np.ndarray, *row: np.ndarray) -> None:
+            row_tree = jax.tree.unflatten(jax.tree.structure(tables), row)
+            self.state = replace(self.state, tables=write_row(self.state.tables, slot, row_tree))
+
+        def run_copy_pages(sources: np.ndarray, destinations: np.ndarray) -> None:
+            self.state = replace(self.state, kv_caches=copy(self.state.kv_caches, sources, destinations))
+
+        self.operations: dict[str, Callable[..., Any]] = {
+            "step": run_step, "write_pages": run_write_pages, "write_slot": run_write_slot,
+            "copy_pages": run_copy_pages,
+        }  # fmt: skip
 
     @property
     def num_pages(self) -> int:
@@ -194,27 +230,67 @@ class Runner:
             if needs_slot_row(request):
                 self._fill_slot(request)
         for i in range(0, len(plan.copies), COPIES):
-            pairs = np.zeros((COPIES, 2), np.int32)  # page 0 onto itself where there are fewer
-            pairs[: len(plan.copies) - i] = plan.copies[i : i + COPIES]
-            caches = self._copy_pages(self.state.kv_caches, pairs[:, 0].copy(), pairs[:, 1].copy())
-            self.state = replace(self.state, kv_caches=caches)
+            pairs = np.zeros((2, COPIES), np.int32)  # page 0 onto itself where there are fewer
+            pairs[:, : len(plan.copies) - i] = np.transpose(plan.copies[i : i + COPIES])
+            self.dispatch("copy_pages", *pairs)
         for slots, rows in self.builder.table_rows(plan):
-            self.state = replace(self.state, page_table=self._write_pages(self.state.page_table, slots, rows))
-        flat = self.builder.build(plan, shape)
-        self.state, output = self.executables[shape](self.params, self.state, flat)
+            self.dispatch("write_pages", slots, rows)
+        output = self.dispatch("step", np.array(shape, np.int32), self.builder.build(plan, shape))
         for part in jax.tree.leaves(output.sampled):
             part.copy_to_host_async()
         return Launched(plan, output)
 
+    def dispatch(self, name: str, *arrays: Any) -> Any:
+        """Give work to the devices, here and in every other process. -> what it makes. Errors: HostLost."""
+        if isinstance(self.peers, Leader):
+            self.peers.send(encode(name, arrays))
+            self.peers.began(lambda: False)  # on a CPU, the call itself may wait for the others
+        made = self.execute(name, list(arrays))
+        if isinstance(self.peers, Leader):
+            self.peers.began(lambda: True if made is None else jax.tree.leaves(made)[0].is_ready())
+        return made
+
+    def execute(self, name: str, arrays: list[Any]) -> Any:
+        """Give work to the devices of this process. -> what it makes."""
+        try:
+            return self.operations[name](*arrays)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._lost(error) from None
+
+    def is_done(self, launched: Launched) -> bool:
+        """-> whether `collect` would not wait."""
+        return launched.output.sampled.token.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+
     def collect(self, launched: Launched) -> np.ndarray:
-        """Wait for a step. -> sampled token ids, one for each of the plan's rows."""
-        return np.asarray(launched.output.sampled.token)[: len(launched.plan.rows)]
+        """Wait for a step. -> sampled token ids, one for each of the plan's rows. Errors: HostLost."""
+        return self.fetch(launched.output.sampled.token)[: len(launched.plan.rows)]
+
+    def fetch(self, array: Any) -> np.ndarray:
+        """Wait for an array that every device has whole. Errors: HostLost."""
+        if not isinstance(self.peers, Leader):
+            return np.asarray(array)
+        self.peers.wait(array.is_ready)
+        try:
+            return np.asarray(array)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, error: Exception) -> Exception:
+        """-> what to raise when the devices fail: in company, it is most likely another host that did."""
+        if not isinstance(self.peers, Leader):
+            return error
+        return self.peers.fail(HostLost(f"a step has failed: {error!s:.300}".splitlines()[0]))
+
+    def close(self) -> None:
+        """Let the other processes end; nothing is launched after this."""
+        if isinstance(self.peers, Leader) and self.peers.failure is None:
+            self.peers.close()
+            jax.distributed.shutdown()
 
     def _fill_slot(self, request: Request) -> None:
         row = slot_row(request, self.state.tables.tokens.shape[1], self.model.vocab_size)
         assert request.slot is not None
-        tables = self._write_slot(self.state.tables, np.int32(request.slot), row)
-        self.state = replace(self.state, tables=tables)
+        self.dispatch("write_slot", np.int32(request.slot), *jax.tree.leaves(row))
 
 
 @contextmanager
@@ -236,4 +312,6 @@ def _temporaries(executable: Any) -> int:
 
 
 def _tree_bytes(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    """-> bytes that one device has of the arrays."""
+    own = lambda leaf: leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return sum(int(np.prod(own(leaf))) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

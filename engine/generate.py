@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from absl import app, flags
 
+from engine.config import json_setting
 from engine.request import SamplingParams
 
 FLAGS = flags.FLAGS
@@ -15,6 +17,7 @@ flags.DEFINE_string("system", None, "A system message.")
 flags.DEFINE_integer("max_tokens", 512, "Longest answer, in tokens.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0)
 flags.DEFINE_integer("seed", None, "Makes a sampled answer repeatable.")
+flags.DEFINE_string("speculative_config", None, "JSON; as of python -m engine.serve.")
 flags.DEFINE_integer("max_model_len", 2048, "Longest conversation, in tokens.", lower_bound=1)
 
 
@@ -29,8 +32,10 @@ def main(arguments: list[str]) -> None:
     model = FLAGS.model or str(default_model())
     messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
     messages.append({"role": "user", "content": question})
+    sizes: dict[str, Any] = dict(max_model_len=FLAGS.max_model_len, max_num_seqs=1, max_num_batched_tokens=256)
     try:
-        llm = LLM(model=model, max_model_len=FLAGS.max_model_len, max_num_seqs=1, max_num_batched_tokens=256)
+        drafts = json_setting("speculative_config", FLAGS.speculative_config)
+        llm = LLM(model=model, speculative_config=drafts, **sizes)
         params = SamplingParams(temperature=FLAGS.temperature, max_tokens=FLAGS.max_tokens, seed=FLAGS.seed)
         answer = llm.stream(llm.chat_prompt(messages), params)
     except ValueError as error:

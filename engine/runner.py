@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from engine.batch import TABLE_ROWS, BatchBuilder, StepShape, choose_shape, flat_size, gpu_step_shapes, step_shapes
+from engine.batch import (
+    TABLE_ROWS,
+    BatchBuilder,
+    StepShape,
+    choose_shape,
+    flat_size,
+    gpu_step_shapes,
+    speculative_shapes,
+    step_shapes,
+    unpack,
+)
 from engine.config import EngineConfig, ResolvedConfig
 from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
@@ -27,16 +38,26 @@ from engine.models.transformer import attention_spec
 from engine.request import Request
 from engine.scheduler import StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
+from engine.speculation.drafter import Drafter
+from engine.speculation.step import speculating_step
 from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
 from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
+MEASURED_RUNS = 3  # of each step of decodes, the first of which may take longer
 COPIES = 8  # page copies in one launch; more take several
 # What XLA tries out for a GPU before it chooses. Trying everything in every step takes most of a cold start, and gains
 # where products have very few rows; for the largest step a choice of cuBLAS' own is enough (docs/performance.md).
 NO_TRITON: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0, **NO_TRITON}
 TUNED_TOKENS = 8  # steps of so many tokens at most are tuned in full
+
+
+def first_tokens(plan: StepPlan) -> list[int]:
+    """-> where each row's sampled tokens start among the step's."""
+    if not plan.speculates:
+        return list(range(len(plan.rows)))
+    return [0, *itertools.accumulate(1 + row.drafts for row in plan.rows)][: len(plan.rows)]
 
 
 class Launched(NamedTuple):
@@ -56,9 +77,10 @@ class Runner:
         model: ModelConfig,
         load: Callable[[], Params],
         report: Callable[[str], None],
+        drafter: Drafter | None = None,
     ):
         """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too."""
-        self.model, self.num_traces = model, 0
+        self.model, self.drafter, self.num_traces = model, drafter, 0
         device = jax.devices()[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
         self._abstract_params = abstract_params(model, resolved.dtype)
@@ -70,6 +92,9 @@ class Runner:
         pages_per_row = -(-resolved.max_model_len // page)
         shapes = gpu_step_shapes if device.platform == "gpu" else step_shapes
         self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+        if drafter is not None:
+            most = drafter.config.num_speculative_tokens
+            self.shapes = speculative_shapes(self.shapes, most, resolved.max_num_batched_tokens)
         self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row)
         self.page_size = page
         new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
@@ -77,13 +102,19 @@ class Runner:
         def state_spec(num_pages: int) -> DeviceState:
             caches = [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
             page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
-            return DeviceState(caches, page_table, jax.eval_shape(new_tables))  # type: ignore[arg-type]
+            lengths = None if drafter is None else jax.ShapeDtypeStruct((resolved.max_num_seqs,), jnp.int32)
+            return DeviceState(caches, page_table, jax.eval_shape(new_tables), lengths)  # type: ignore[arg-type]
 
         def counted(*arguments: Any) -> Any:
             self.num_traces += 1
             return step(*arguments)
 
+        def counted_speculating(*arguments: Any) -> Any:
+            self.num_traces += 1
+            return speculating_step(*arguments)
+
         self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+        self._speculating_step = jax.jit(counted_speculating, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
         sizes = partial(
             plan_memory, config, resolved, device,
             in_use=in_use,
@@ -105,11 +136,11 @@ class Runner:
         self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
         for line in self.memory.describe(resolved.max_model_len):
             report(line)
-        empty = (state.kv_caches, state.page_table)
+        empty = replace(state, tables=None)  # type: ignore[arg-type]
         zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty))
-        kv_caches, page_table = zeros()
-        self.state = DeviceState(kv_caches, page_table, jax.jit(new_tables)())
+        self.state = replace(zeros(), tables=jax.jit(new_tables)())
         self._prepare_slots()
+        self.step_seconds = self._measure() if drafter is not None and drafter.config.adaptive else {}
 
     def _compile(self, shape: StepShape, state: DeviceState) -> Any:
         """-> the executable of a step. The step that long prompts fill gets the kernels that take long to compile."""
@@ -119,7 +150,11 @@ class Runner:
         if jax.devices()[0].platform == "gpu" and shape.tokens > TUNED_TOKENS:
             options = NO_TRITON if fullest else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-        lowered = self._step.lower(self.model, backend, self.page_size, shape, self._abstract_params, state, flat)
+        arguments = self.model, backend, self.page_size, shape, self._abstract_params, state, flat
+        if shape.drafts:
+            lowered = self._speculating_step.lower(self.drafter, *arguments)
+        else:
+            lowered = self._step.lower(*arguments)
         return lowered.compile(options)
 
     def _compile_all(
@@ -147,7 +182,7 @@ class Runner:
 
     def _prepare_slots(self) -> None:
         """Compile the small functions that run before some steps."""
-        tables, nowhere = self.state.tables, jnp.zeros(COPIES, jnp.int32)
+        tables, nowhere = (self.state.tables, self.state.lengths), jnp.zeros(COPIES, jnp.int32)
         table, ints = self.state.page_table, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         rows = jax.jit(write_page_table, donate_argnums=0)
         self._write_pages = rows.lower(table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1])).compile()
@@ -156,6 +191,23 @@ class Runner:
         self._write_slot = jax.jit(write_slot, donate_argnums=0).lower(tables, slot, abstract).compile()
         copy = jax.jit(copy_pages, donate_argnums=0)
         self._copy_pages = copy.lower(self.state.kv_caches, nowhere, nowhere).compile()
+
+    def _measure(self) -> dict[StepShape, float]:
+        """-> seconds that each step of decodes takes, with drafts and without, made with nothing but padding."""
+        seconds = {}
+        for shape in self.shapes:
+            if shape.rows != shape.tokens and not shape.drafts:
+                continue
+            flat = np.zeros(flat_size(shape), np.int32)
+            unpack(flat, shape)["slots"][:] = self.builder.num_slots
+            times = []
+            for _ in range(MEASURED_RUNS):
+                started = time.perf_counter()
+                self.state, output = self.executables[shape](self.params, self.state, flat)
+                output.sampled.token.block_until_ready()
+                times.append(time.perf_counter() - started)
+            seconds[shape] = min(times)
+        return seconds
 
     @property
     def num_pages(self) -> int:
@@ -166,7 +218,7 @@ class Runner:
         """Start a step. Returns before the device has done it."""
         shape = choose_shape(self.shapes, plan, self.builder.admit(plan))
         for request in plan.admitted:
-            if needs_slot_row(request):
+            if needs_slot_row(request) or self.drafter is not None:
                 self._fill_slot(request)
         for i in range(0, len(plan.copies), COPIES):
             pairs = np.zeros((COPIES, 2), np.int32)  # page 0 onto itself where there are fewer
@@ -178,17 +230,25 @@ class Runner:
         flat = self.builder.build(plan, shape)
         self.state, output = self.executables[shape](self.params, self.state, flat)
         output.sampled.token.copy_to_host_async()
+        jax.tree.map(lambda array: array.copy_to_host_async(), output.runs)
         return Launched(plan, output)
 
-    def collect(self, launched: Launched) -> np.ndarray:
-        """Wait for a step. -> sampled token ids, one for each of the plan's rows."""
-        return np.asarray(launched.output.sampled.token)[: len(launched.plan.rows)]
+    def collect(self, launched: Launched) -> list[list[int]]:
+        """Wait for a step. -> sampled token ids for each of the plan's rows, one or, in a step with drafts, more."""
+        tokens, runs = np.asarray(launched.output.sampled.token).tolist(), launched.output.runs
+        if runs is None:
+            return [[token] for token in tokens[: len(launched.plan.rows)]]
+        counts = np.asarray(runs.counts).tolist()
+        firsts = first_tokens(launched.plan)
+        return [tokens[first : first + count] for first, count in zip(firsts, counts, strict=False)]
 
     def _fill_slot(self, request: Request) -> None:
         row = slot_row(request, self.state.tables.tokens.shape[1], self.model.vocab_size)
         assert request.slot is not None
-        tables = self._write_slot(self.state.tables, np.int32(request.slot), row)
-        self.state = replace(self.state, tables=tables)
+        length = None if self.drafter is None else np.int32(len(request.token_ids))
+        before = self.state.tables, self.state.lengths
+        tables, lengths = self._write_slot(before, np.int32(request.slot), (row, length))
+        self.state = replace(self.state, tables=tables, lengths=lengths)
 
 
 def enable_compilation_cache(folder: str | None) -> None:

@@ -16,6 +16,8 @@ from engine.core import EngineCore
 from engine.memory import limit_gpu_pool
 from engine.models.params import Params, random_params
 from engine.runner import Runner, enable_compilation_cache
+from engine.speculation.drafter import Drafter
+from engine.speculative_config import read_speculative_config
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
 from engine.weights.load import load_params, open_checkpoint, read_config
@@ -54,4 +56,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         return params
 
-    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, load, report))
+    drafter = None
+    if config.speculative_config is not None:
+        drafter = Drafter(read_speculative_config(config.speculative_config))
+    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, load, report, drafter))

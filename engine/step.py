@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from engine.models.params import Params
 from engine.models.transformer import forward, logits
 from engine.request import MAX_LOGPROBS
 from engine.sampler import SampleOutput, SamplingInput, SlotTables, prompt_logprobs, sample
+from engine.speculation.lengths import follow
+from engine.speculation.verify import Runs
 from kernels.attention import Backend, RaggedBatch
 
 
@@ -26,6 +28,8 @@ class DeviceState:
     kv_caches: list[Any]  # one for each layer, in the attention backend's layout
     page_table: Array  # [slots, pages] i32: the pages of the slot's request, in order
     tables: SlotTables  # by slot: the tokens so far, and rare sampling wishes
+    lengths: Array | None = None  # [slots] i32: tokens so far, where the engine speculates
+    draft_caches: list[Any] = field(default_factory=list)  # as kv_caches, of the layers that draft
 
 
 @struct.dataclass
@@ -44,6 +48,7 @@ class StepOutput:
 
     sampled: SampleOutput  # S rows
     prompt: PromptLogprobs | None  # zeros unless a row asked, None in a plain step
+    runs: Runs | None = None  # which of the sampled tokens, in a step that verified drafts
 
 
 def step(
@@ -58,7 +63,9 @@ def step(
     """Compute one step. `flat` is batch.BatchBuilder.build's int32 array; what comes before `params` is static."""
     part = unpack(flat, shape)
     # Padding has slots out of range: it changes nothing, reads page 0 and writes there.
-    page_table = state.page_table.at[part["slots"], part["new_page_at"]].set(part["new_page"], mode="drop")
+    page_table = grow_table(state.page_table, part)
+    if state.lengths is not None:
+        part = follow(part, state.lengths)
     pages_of = lambda *at: page_table.at[at].get(mode="fill", fill_value=0)
     batch = RaggedBatch(
         pages_of(part["slots"]), part["kv_lens"], part["cu_q_lens"], part["num_rows"], part["num_decodes"],
@@ -72,12 +79,18 @@ def step(
     with jax.named_scope("sample"):
         to_logits = lambda rows: logits(config, params, rows)
         rows = to_logits(hidden[part["sample_at"]])
-        out = sample(rows, _sampling_input(part), tables, num_logprobs=MAX_LOGPROBS, plain=shape.plain)
+        out = sample(rows, sampling_input(part), tables, num_logprobs=MAX_LOGPROBS, plain=shape.plain)
         active = part["row_flags"] != 0
         slots = jnp.where(active, part["slots"], tables.tokens.shape[0])
         history = tables.tokens.at[slots, part["sample_positions"]].set(jnp.maximum(out.token, 0), mode="drop")
 
-    state = DeviceState(kv_caches, page_table, replace(tables, tokens=history))
+        lengths = state.lengths
+        if lengths is not None:
+            lengths = lengths.at[slots].set(part["sample_positions"] + 1, mode="drop")
+
+    state = replace(
+        state, kv_caches=kv_caches, page_table=page_table, tables=replace(tables, tokens=history), lengths=lengths
+    )
     if shape.plain:
         return state, StepOutput(out, None)
 
@@ -93,17 +106,23 @@ def step(
     return state, StepOutput(out, asked)
 
 
+def grow_table(page_table: Array, part: dict[str, Array]) -> Array:
+    """-> page_table [slots, pages] with the page that each row has got."""
+    return page_table.at[part["slots"], part["new_page_at"]].set(part["new_page"], mode="drop")
+
+
 def write_page_table(page_table: Array, slots: Array, rows: Array) -> Array:
     """-> page_table [slots, pages] with rows [R, pages] at `slots` [R]; one that is out of range is dropped."""
     return page_table.at[slots].set(rows, mode="drop")
 
 
-def write_slot(tables: SlotTables, slot: Array, row: SlotTables) -> SlotTables:
-    """-> the tables with one slot's part replaced; `row` is slots.slot_row's."""
+def write_slot(tables: Any, slot: Array, row: Any) -> Any:
+    """-> a tree of tables [slots, ...] with one slot's part replaced, such as SlotTables by slots.slot_row's."""
     return jax.tree.map(lambda table, value: table.at[slot].set(value), tables, row)
 
 
-def _sampling_input(part: dict[str, Array]) -> SamplingInput:
+def sampling_input(part: dict[str, Array]) -> SamplingInput:
+    """-> how rows sample, from the parts of a flat input that say so."""
     as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
     constants = zip(SLOT_FIELDS, part["constants"], strict=True)
     row = {name: as_float(values) if name in FLOAT_FIELDS else values for name, values in constants}

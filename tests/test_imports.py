@@ -23,16 +23,16 @@ LAYERS = """
     core startup
     chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
     pooling runner
-    batch memory speculate step weights
+    batch memory speculation step weights
     scheduler
     slots
     models sampler
     config
-    pages
+    pages speculative_config
     request
 """
 LEVEL = {part: level for level, line in enumerate(LAYERS.strip().splitlines()) for part in line.split()}
-HOST_ONLY = ("engine.request", "engine.pages", "engine.scheduler", "engine.config")
+HOST_ONLY = ("engine.request", "engine.pages", "engine.scheduler", "engine.config", "engine.speculative_config")
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "orbax"}
 
 Imports = dict[str, set[tuple[str, bool]]]  # module -> (what it imports, whether it is imported for type checkers only)

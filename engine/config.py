@@ -72,7 +72,9 @@ class EngineConfig:
     chat_template: str | None = _setting(
         None, "For every chat: a Jinja file, Jinja, or the name of one of the model's."
     )
-    compilation_cache_dir: str | None = _setting(None, "JAX's persistent cache; default: in the user's cache folder.")
+    compilation_cache_dir: str | None = _setting(
+        None, "Where compiled steps are kept; default: ~/.cache/quire, or JAX's own cache if that is set up."
+    )
     seed: int = _setting(0, "Draws the seeds of requests that name none, and dummy weights.", kind=int)
 
     def __post_init__(self):

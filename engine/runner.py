@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -19,18 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from engine.batch import (
-    TABLE_ROWS,
-    BatchBuilder,
-    StepShape,
-    choose_shape,
-    flat_size,
-    gpu_step_shapes,
-    speculative_shapes,
-    step_shapes,
-    unpack,
-)
 from engine.config import EngineConfig, ResolvedConfig
+from engine.executables import ExecutableCache
 from engine.memory import MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.params import Params, abstract_params
@@ -41,6 +32,17 @@ from engine.slots import empty_tables, needs_slot_row, slot_row
 from engine.speculation.drafter import Drafter
 from engine.speculation.step import speculating_step
 from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
+from engine.step_input import (
+    TABLE_ROWS,
+    BatchBuilder,
+    StepShape,
+    choose_shape,
+    flat_size,
+    gpu_step_shapes,
+    speculative_shapes,
+    step_shapes,
+    unpack,
+)
 from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
@@ -77,10 +79,14 @@ class Runner:
         model: ModelConfig,
         load: Callable[[], Params],
         report: Callable[[str], None],
+        cache_folder: Path | None = None,
         drafter: Drafter | None = None,
     ):
-        """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too."""
-        self.model, self.drafter, self.num_traces = model, drafter, 0
+        """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too.
+
+        `cache_folder`: where compiled steps are kept between processes, if at all. `drafter`: who speculates, if any.
+        """
+        self.model, self.drafter, self.num_traces, self._lowering = model, drafter, 0, Lock()
         device = jax.devices()[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
         self._abstract_params = abstract_params(model, resolved.dtype)
@@ -122,15 +128,18 @@ class Runner:
             tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
             page_bytes=_tree_bytes(state_spec(1).kv_caches),
         )  # fmt: skip
+        identity = (model, resolved, self.backend.name, self._abstract_params, drafter)
+        self._cache = ExecutableCache(cache_folder, device, *identity)
         largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
         with ThreadPoolExecutor(1, "load") as loader:
             loading = loader.submit(load)
             if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
                 plan = sizes(temporaries=0)
             else:
-                plan = sizes(temporaries=_temporaries(self._compile(largest, state_spec(pages_per_row + 1))))
+                measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1)))
+                plan = sizes(temporaries=self._cache.get_number("temporaries", measure))
             state = state_spec(plan.num_pages)
-            self.executables = self._compile_all(state, loading, report)
+            self.executables = self._compile_all(state, plan.num_pages, loading, report)
             self.params = loading.result()
         # Planned once: the pool must hand out the pages that the cache has, whatever compiling left in use since.
         self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
@@ -151,16 +160,17 @@ class Runner:
             options = NO_TRITON if fullest else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
         arguments = self.model, backend, self.page_size, shape, self._abstract_params, state, flat
-        if shape.drafts:
-            lowered = self._speculating_step.lower(self.drafter, *arguments)
-        else:
-            lowered = self._step.lower(*arguments)
+        with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
+            if shape.drafts:
+                lowered = self._speculating_step.lower(self.drafter, *arguments)
+            else:
+                lowered = self._step.lower(*arguments)
         return lowered.compile(options)
 
     def _compile_all(
-        self, state: DeviceState, loading: Future[Params], report: Callable[[str], None]
+        self, state: DeviceState, num_pages: int, loading: Future[Params], report: Callable[[str], None]
     ) -> dict[StepShape, Any]:
-        """-> every step's executable. Gives up as soon as loading has failed."""
+        """-> every step's executable, from the cache or compiled. Gives up as soon as loading has failed."""
         started = time.perf_counter()
         report(f"compiling {len(self.shapes)} step shapes")
         executables = {}
@@ -170,7 +180,8 @@ class Runner:
         def compile_one(shape: StepShape) -> tuple[StepShape, Any]:
             if loading.done():
                 loading.result()
-            return shape, self._compile(shape, state)
+            name = f"{shape.rows}x{shape.tokens}{'-plain' * shape.plain}-{shape.drafts}-drafts-{num_pages}-pages"
+            return shape, self._cache.get(name, lambda: self._compile(shape, state))
 
         slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
         with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
@@ -182,15 +193,17 @@ class Runner:
 
     def _prepare_slots(self) -> None:
         """Compile the small functions that run before some steps."""
-        tables, nowhere = (self.state.tables, self.state.lengths), jnp.zeros(COPIES, jnp.int32)
-        table, ints = self.state.page_table, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-        rows = jax.jit(write_page_table, donate_argnums=0)
-        self._write_pages = rows.lower(table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1])).compile()
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
-        slot = jax.ShapeDtypeStruct((), jnp.int32)
-        self._write_slot = jax.jit(write_slot, donate_argnums=0).lower(tables, slot, abstract).compile()
-        copy = jax.jit(copy_pages, donate_argnums=0)
-        self._copy_pages = copy.lower(self.state.kv_caches, nowhere, nowhere).compile()
+
+        def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+            lower = jax.jit(function, donate_argnums=0).lower
+            return self._cache.get(f"{function.__name__}-{self.num_pages}-pages", lambda: lower(*arguments).compile())
+
+        tables, table = (self.state.tables, self.state.lengths), self.state.page_table
+        ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        slot = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
+        self._write_pages = compiled(write_page_table, table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1]))
+        self._write_slot = compiled(write_slot, tables, ints(), slot)
+        self._copy_pages = compiled(copy_pages, self.state.kv_caches, ints(COPIES), ints(COPIES))
 
     def _measure(self) -> dict[StepShape, float]:
         """-> seconds that each step of decodes takes, with drafts and without, made with nothing but padding."""
@@ -249,14 +262,6 @@ class Runner:
         before = self.state.tables, self.state.lengths
         tables, lengths = self._write_slot(before, np.int32(request.slot), (row, length))
         self.state = replace(self.state, tables=tables, lengths=lengths)
-
-
-def enable_compilation_cache(folder: str | None) -> None:
-    """Keep compiled steps in JAX's persistent cache, unless the user has set one up already."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        path = Path(folder) if folder else Path.home() / ".cache" / "quire" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextmanager

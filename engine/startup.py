@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.memory import limit_gpu_pool
 from engine.models.params import Params, random_params
-from engine.runner import Runner, enable_compilation_cache
+from engine.runner import Runner
 from engine.speculation.drafter import Drafter
 from engine.speculative_config import read_speculative_config
 from engine.tokenizer_files import load_tokenizer
@@ -30,7 +30,7 @@ def print_report(line: str) -> None:
 def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> EngineCore:
     """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault."""
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it names each absent backend
-    enable_compilation_cache(config.compilation_cache_dir)
+    cache = _cache_folder(config)
     limit_gpu_pool(config)
     dummy = config.load_format == "dummy"
     path = locate(config.model, config.revision, weights=not dummy)
@@ -59,4 +59,15 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     drafter = None
     if config.speculative_config is not None:
         drafter = Drafter(read_speculative_config(config.speculative_config))
-    return EngineCore(config, resolved, model, tokenizer, Runner(config, resolved, model, load, report, drafter))
+    runner = Runner(config, resolved, model, load, report, cache, drafter)
+    return EngineCore(config, resolved, model, tokenizer, runner)
+
+
+def _cache_folder(config: EngineConfig) -> Path | None:
+    """-> where compiled steps are kept; None where the user has set up JAX's own cache. Errors: ValueError for both."""
+    jax_own, ours = jax.config.jax_compilation_cache_dir, config.compilation_cache_dir  # type: ignore[attr-defined]
+    if jax_own and ours:
+        raise ValueError(f"compilation_cache_dir: JAX has a cache set up already, {jax_own}; leave one of the two out")
+    if jax_own:
+        return None
+    return Path(ours) if ours else Path.home() / ".cache" / "quire"

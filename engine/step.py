@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from engine.batch import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
 from engine.models.config import ModelConfig
 from engine.models.params import Params
 from engine.models.transformer import forward, logits
@@ -18,6 +17,7 @@ from engine.request import MAX_LOGPROBS
 from engine.sampler import SampleOutput, SamplingInput, SlotTables, prompt_logprobs, sample
 from engine.speculation.lengths import follow
 from engine.speculation.verify import Runs
+from engine.step_input import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
 from kernels.attention import Backend, RaggedBatch
 
 
@@ -60,7 +60,7 @@ def step(
     state: DeviceState,
     flat: Array,
 ) -> tuple[DeviceState, StepOutput]:
-    """Compute one step. `flat` is batch.BatchBuilder.build's int32 array; what comes before `params` is static."""
+    """Compute one step. `flat` is BatchBuilder.build's int32 array; what comes before `params` is static."""
     part = unpack(flat, shape)
     # Padding has slots out of range: it changes nothing, reads page 0 and writes there.
     page_table = grow_table(state.page_table, part)

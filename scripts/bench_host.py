@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from engine.batch import BatchBuilder, choose_shape, step_shapes
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.models.config import LayerSpec, ModelConfig
 from engine.request import SamplingParams
 from engine.runner import Launched
+from engine.step_input import BatchBuilder, choose_shape, step_shapes
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.default_model import default_model
 

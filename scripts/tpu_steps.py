@@ -21,12 +21,12 @@ import jax.numpy as jnp  # noqa: E402
 from bench_offline import SHAPES  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from engine.batch import StepShape, flat_size  # noqa: E402
 from engine.models.params import map_specs, param_specs  # noqa: E402
 from engine.models.read import from_hugging_face  # noqa: E402
 from engine.models.transformer import attention_spec  # noqa: E402
 from engine.slots import empty_tables  # noqa: E402
 from engine.step import DeviceState, step  # noqa: E402
+from engine.step_input import StepShape, flat_size  # noqa: E402
 from kernels.attention import BACKENDS  # noqa: E402
 from sharding.heads import split_heads  # noqa: E402
 from sharding.rules import partition_spec  # noqa: E402

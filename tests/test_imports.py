@@ -23,7 +23,7 @@ LAYERS = """
     core startup
     chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
     pooling runner
-    batch memory speculation step weights
+    executables memory speculation step step_input weights
     scheduler
     slots
     models sampler

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.product import product
+from kernels.quantized import QuantizedTensor
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -24,17 +27,19 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return (y.astype(weight.dtype) * weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)).astype(x.dtype)
 
 
-def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """x [T, D], weight [D, ...], bias [...] -> [T, ...].
-
-    One product over one axis: over several it may copy the weight, and axes merged here could not be split over a mesh.
-    """
-    y = jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())))
+def project(x: Array, weight: Array | QuantizedTensor, bias: Array | None = None) -> Array:
+    """x [T, *in], weight [*in, *out], bias [*out] -> [T, *out]."""
+    y = product(x, weight)
     return y if bias is None else y + bias[None]
 
 
 def gated_mlp(
-    x: Array, gate_up: Array, down: Array, activation: str, gate_up_bias: Array | None, down_bias: Array | None
+    x: Array,
+    gate_up: Array | QuantizedTensor,
+    down: Array | QuantizedTensor,
+    activation: str,
+    gate_up_bias: Array | None,
+    down_bias: Array | None,
 ) -> Array:
     """x [T, D], gate_up [D, 2, F], down [F, D], biases [2, F] and [D] -> [T, D] (SwiGLU, Shazeer 2020)."""
     y = project(x, gate_up, gate_up_bias)

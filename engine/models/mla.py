@@ -23,10 +23,14 @@ def queries_and_key(
 
     p: a layer's parameters as `params.param_specs` declares them; rope: `rope.rope_tables` of rope_dim dimensions.
     """
-    q = project(x, p["q"]) if spec.q_rank is None else project(rms_norm(x @ p["q_a"], p["q_a_norm"], eps), p["q_b"])
+    q = (
+        project(x, p["q"])
+        if spec.q_rank is None
+        else project(rms_norm(project(x, p["q_a"]), p["q_a_norm"], eps), p["q_b"])
+    )
     q_nope, q_rope = q[..., : spec.nope_dim], apply_rope(q[..., spec.nope_dim :], rope)
     q_latent = jnp.einsum("thn,hnr->thr", q_nope, p["k_b"])
-    kv = x @ p["kv_a"]
+    kv = project(x, p["kv_a"])
     latent, k_rope = rms_norm(kv[:, : spec.kv_rank], p["kv_a_norm"], eps), apply_rope(kv[:, spec.kv_rank :], rope)
     q = jnp.concatenate([q_latent, q_rope], axis=-1)
     return q[:, None], jnp.concatenate([latent, k_rope], axis=-1)[:, None]
@@ -35,4 +39,4 @@ def queries_and_key(
 def heads_output(attended: Array, p: Params) -> Array:
     """attended [T, 1, heads, rank], weighted sums of latents -> [T, D]."""
     values = jnp.einsum("thr,hrv->thv", attended[:, 0], p["v_b"])
-    return values.reshape(values.shape[0], -1) @ p["out"].reshape(-1, p["out"].shape[-1])
+    return project(values[:, :, None], p["out"])

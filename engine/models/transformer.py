@@ -16,6 +16,7 @@ from engine.models.moe import mixture
 from engine.models.params import Params
 from engine.models.rope import apply_rope, rope_tables
 from kernels.attention import AttentionSpec, Backend, HeadInputs, RaggedBatch
+from kernels.product import rows_product, take_rows
 
 Rope = tuple[Array, Array] | None  # cosines and sines of each token's position
 
@@ -40,7 +41,7 @@ def forward(
 ) -> tuple[Array, list[Any]]:
     """tokens [T] i32, positions [T] i32, one ragged batch -> hidden states [T, D] after the final norm, new caches."""
     with jax.named_scope("embed"):
-        x = params["embed"][tokens]
+        x = take_rows(params["embed"], tokens)
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
     ropes: dict[RopeSpec | None, Rope] = {None: None}
@@ -103,7 +104,7 @@ def _attention(
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         out, kv_cache = backend.update_and_attend(q, k, finite(v), kv_cache, batch, spec, **options)
-    return project(out.reshape(x.shape[0], -1), p["out"].reshape(-1, x.shape[1]), p.get("out_bias")), kv_cache
+    return project(out, p["out"], p.get("out_bias")), kv_cache
 
 
 def _latent_attention(
@@ -135,6 +136,5 @@ def _mlp(config: ModelConfig, layer: LayerSpec, p: Params, x: Array, batch: Ragg
 def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
     """hidden [R, D] -> logits [R, V] float32."""
     with jax.named_scope("logits"):
-        head = params.get("lm_head", params["embed"])
-        y = jnp.einsum("rd,vd->rv", hidden, head, preferred_element_type=jnp.float32)
+        y = rows_product(hidden, params.get("lm_head", params["embed"]))
         return y if config.logit_soft_cap is None else soft_cap(y, config.logit_soft_cap)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.batch import StepShape
+from engine.step_input import StepShape
 
 FIRST_GUESS = 0.6  # the chance of a draft to be right, before anything is known
 PRIOR = 2.0  # drafts that a guess counts for
@@ -64,7 +64,7 @@ class Policy:
     def drafts(self, chances: Sequence[float], plain: bool) -> list[int] | None:
         """-> drafts for each row of a step of decodes, whose next draft is right with such a chance; None: for none.
 
-        `plain`: as for batch.choose_shape.
+        `plain`: as for step_input.choose_shape.
         """
         rows = len(chances)
         fitting = [s for s in self.shapes if s.rows >= rows and s.drafts and (plain or not s.plain)]

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.batch import StepShape, unpack
 from engine.models.config import ModelConfig
 from engine.models.params import Params
 from engine.models.transformer import forward, logits
@@ -19,6 +18,7 @@ from engine.speculation.drafter import Drafter
 from engine.speculation.lengths import length_of
 from engine.speculation.verify import Runs, forced, num_kept
 from engine.step import DeviceState, StepOutput, grow_table, sampling_input
+from engine.step_input import StepShape, unpack
 from kernels.attention import Backend, RaggedBatch
 
 

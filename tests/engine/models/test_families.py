@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
-from engine.batch import StepShape
 from engine.models.families import FAMILIES
+from engine.step_input import StepShape
 
 TINY = pathlib.Path(__file__).parents[2] / "data" / "tiny"
 GOLDENS = sorted(TINY.glob("*/goldens*.json"))

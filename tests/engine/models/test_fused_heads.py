@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from engine import LLM, SamplingParams
-from engine.batch import StepShape
+from engine.step_input import StepShape
 from kernels.attention import BACKENDS
 from kernels.cuda.attention import attend_product, update_and_attend
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine.batch import StepShape, speculative_shapes, step_shapes
 from engine.speculation.policy import Acceptance, Policy
 from engine.speculation.speculator import Repeats
+from engine.step_input import StepShape, speculative_shapes, step_shapes
 
 K = 4
 SHAPES = speculative_shapes(step_shapes(8, 64), K, 64)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from engine.batch import SLOT_FIELDS, StepShape, flat_size, unpack
 from engine.models.config import LayerSpec, ModelConfig, RopeSpec
 from engine.models.params import random_params
 from engine.models.transformer import attention_spec
@@ -21,6 +20,7 @@ from engine.speculation.step import speculating_step
 from engine.speculation.verify import forced, num_kept
 from engine.speculative_config import SpeculativeConfig
 from engine.step import DeviceState, StepOutput
+from engine.step_input import SLOT_FIELDS, StepShape, flat_size, unpack
 from kernels.attention import BACKENDS
 
 VOCAB, ROWS, K, PAGE, FIRST = 24, 500, 2, 8, 3

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.batch import (
+from engine.scheduler import Row, StepPlan
+from engine.step_input import (
     SLOT_FIELDS,
     TABLE_ROWS,
     BatchBuilder,
@@ -15,7 +16,6 @@ from engine.batch import (
     step_shapes,
     unpack,
 )
-from engine.scheduler import Row, StepPlan
 from tests.engine.fakes import make_request
 
 

@@ -1,0 +1,72 @@
+"""Products of tokens with a weight, plain or quantized: one entry for the model, one function a format and platform."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
+
+
+def product(x: Array, weight: Array | QuantizedTensor) -> Array:
+    """x [T, *in], weight [*in, *out] as the model sees it -> [T, *out] in x's dtype.
+
+    A plain product is over one axis: over several it may copy the weight, and axes merged here could not be split
+    over a mesh.
+    """
+    flat = x.reshape(x.shape[0], -1)
+    if isinstance(weight, QuantizedTensor):
+        y = matrix_product(flat, as_matrix(weight), x.dtype)
+        return y.reshape(x.shape[0], *weight.outputs)
+    if x.ndim > 2:
+        weight = weight.reshape(flat.shape[1], *weight.shape[x.ndim - 1 :])
+    return jax.lax.dot_general(flat, weight, (((1,), (0,)), ((), ())))
+
+
+def rows_product(x: Array, rows: Array | QuantizedTensor) -> Array:
+    """x [T, D], rows [V, D] -> [T, V] float32."""
+    if isinstance(rows, QuantizedTensor):
+        return matrix_product(x, rows, jnp.dtype(jnp.float32))
+    return jnp.einsum("td,vd->tv", x, rows, preferred_element_type=jnp.float32)
+
+
+def take_rows(rows: Array | QuantizedTensor, index: Array) -> Array:
+    """rows [V, D], index [T] i32 -> [T, D]."""
+    if not isinstance(rows, QuantizedTensor):
+        return rows[index]
+    assert rows.layout.rows == 1
+    return dequantize(jax.tree.map(lambda part: part[index], rows), rows.layout.dtype)
+
+
+def as_matrix(weight: QuantizedTensor) -> QuantizedTensor:
+    """-> the weight with all outputs as one axis: values [N, K / packing], scales [N / rows, K / group], ..."""
+    return jax.tree.map(lambda part: part.reshape(math.prod(part.shape[:-1]), part.shape[-1]), weight)
+
+
+def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
+    """x [T, K], weight [N, K] -> [T, N] in `dtype`, by what the platform has for the weight's format."""
+    return reference(x, weight, dtype)
+
+
+def reference(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
+    """As `matrix_product`, in plain XLA."""
+    layout = weight.layout
+    if layout.activations == "none":
+        return _dot(x, dequantize(weight, x.dtype), jnp.dtype(jnp.float32)).astype(dtype)
+    values, scales = quantize_activations(x, layout)
+    if layout.activations == "token_group":
+        groups = scales.shape[1]
+        wide = values.astype(jnp.float32).reshape(x.shape[0], groups, -1) * scales[:, :, None]
+        return _dot(wide.reshape(x.shape), dequantize(weight, jnp.float32), jnp.dtype(jnp.float32)).astype(dtype)
+    wide = jnp.dtype(jnp.int32 if layout.format == "int8" else jnp.float32)
+    y = _dot(values, weight.values, wide).astype(jnp.float32)
+    columns = jnp.repeat(weight.scales[:, 0].astype(jnp.float32), layout.rows, total_repeat_length=y.shape[1])
+    return (y * scales * columns[None]).astype(dtype)
+
+
+def _dot(x: Array, rows: Array, dtype: jnp.dtype) -> Array:
+    """x [T, K], rows [N, K] -> [T, N] in `dtype`."""
+    return jax.lax.dot_general(x, rows, (((1,), (1,)), ((), ())), preferred_element_type=dtype)

@@ -173,6 +173,9 @@ class EngineCore:
 
     def step(self) -> list[Update]:
         """Launch the next step, then read the one before. -> what that one added."""
+        updates = []
+        if self._in_flight and self._speculator and self._speculator.must_know(self.scheduler.running):
+            updates, self._in_flight = self._commit(self._in_flight), None
         plan = self.scheduler.plan()
         if self._speculator is not None:
             self._speculator.extend(plan, self.scheduler)
@@ -184,7 +187,7 @@ class EngineCore:
             launched = self.runner.launch(plan)
             self._last_iteration_tokens = plan.num_tokens
         previous, self._in_flight = self._in_flight, launched
-        return self._commit(previous) if previous else []
+        return updates + self._commit(previous) if previous else updates
 
     def _commit(self, launched: Launched) -> list[Update]:
         sampled = self.runner.collect(launched)

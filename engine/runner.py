@@ -6,7 +6,8 @@ import gc
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,8 +28,9 @@ from engine.models.config import ModelConfig
 from engine.models.params import Params, abstract_params
 from engine.models.transformer import attention_spec
 from engine.request import Request
-from engine.scheduler import StepPlan
+from engine.scheduler import Row, StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
+from engine.speculation import draft_model
 from engine.speculation.drafter import Drafter
 from engine.speculation.step import speculating_step
 from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
@@ -46,6 +48,7 @@ from engine.step_input import (
 from kernels.attention import choose_backend, copy_pages
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
+FILLED_ROWS = 8  # sequences in one launch that shows the draft model what it has not seen
 MEASURED_RUNS = 3  # of each step of decodes, the first of which may take longer
 COPIES = 8  # page copies in one launch; more take several
 # What XLA tries out for a GPU before it chooses. Trying everything in every step takes most of a cold start, and gains
@@ -92,7 +95,12 @@ class Runner:
         self._abstract_params = abstract_params(model, resolved.dtype)
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
         specs = [attention_spec(model, i) for i in range(len(model.layers))]
-        self.backend = choose_backend(config.attention_backend, device.platform, set(specs), page, kv_dtype)
+        draft = drafter and drafter.model
+        draft_specs = [attention_spec(draft, i) for i in range(len(draft.layers))] if draft else []
+        if draft:
+            self._abstract_params = self._abstract_params | {"draft": abstract_params(draft, resolved.dtype)}
+        every = {*specs, *draft_specs}
+        self.backend = choose_backend(config.attention_backend, device.platform, every, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
         pages_per_row = -(-resolved.max_model_len // page)
@@ -106,10 +114,11 @@ class Runner:
         new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
 
         def state_spec(num_pages: int) -> DeviceState:
-            caches = [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
+            caches_of = lambda specs: [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
             page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
             lengths = None if drafter is None else jax.ShapeDtypeStruct((resolved.max_num_seqs,), jnp.int32)
-            return DeviceState(caches, page_table, jax.eval_shape(new_tables), lengths)  # type: ignore[arg-type]
+            tables: Any = jax.eval_shape(new_tables)
+            return DeviceState(caches_of(specs), page_table, tables, lengths, caches_of(draft_specs))  # type: ignore[arg-type]
 
         def counted(*arguments: Any) -> Any:
             self.num_traces += 1
@@ -126,7 +135,7 @@ class Runner:
             in_use=in_use,
             weights=_tree_bytes(self._abstract_params),
             tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
-            page_bytes=_tree_bytes(state_spec(1).kv_caches),
+            page_bytes=_tree_bytes((state_spec(1).kv_caches, state_spec(1).draft_caches)),
         )  # fmt: skip
         identity = (model, resolved, self.backend.name, self._abstract_params, drafter)
         self._cache = ExecutableCache(cache_folder, device, *identity)
@@ -149,6 +158,8 @@ class Runner:
         zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty))
         self.state = replace(zeros(), tables=jax.jit(new_tables)())
         self._prepare_slots()
+        if draft:
+            self._prepare_fills(draft)
         self.step_seconds = self._measure() if drafter is not None and drafter.config.adaptive else {}
 
     def _compile(self, shape: StepShape, state: DeviceState) -> Any:
@@ -203,7 +214,43 @@ class Runner:
         slot = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
         self._write_pages = compiled(write_page_table, table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1]))
         self._write_slot = compiled(write_slot, tables, ints(), slot)
-        self._copy_pages = compiled(copy_pages, self.state.kv_caches, ints(COPIES), ints(COPIES))
+        self._copy_pages = compiled(
+            copy_pages, (self.state.kv_caches, self.state.draft_caches), ints(COPIES), ints(COPIES)
+        )
+
+    def _prepare_fills(self, draft: ModelConfig) -> None:
+        """Compile what shows the draft model tokens that it has not seen, for a few rows at a time."""
+        most = max(shape.tokens for shape in self.shapes if not shape.drafts)
+        rows = min(FILLED_ROWS, self.builder.num_slots)
+        sizes = sorted({min(64, most), most})
+        shapes = [StepShape(rows, size, plain=True, follows=True) for size in sizes if size > rows]
+        fill = jax.jit(draft_model.fill, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+        backend = self.backend.lesser or self.backend
+
+        def compiled(shape: StepShape) -> Any:
+            flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
+            arguments = draft, backend, self.page_size, shape, self._abstract_params, self.state, flat
+            name = f"fill-{shape.rows}x{shape.tokens}-{self.num_pages}-pages"
+            return self._cache.get(name, lambda: fill.lower(*arguments).compile())
+
+        self._fills = {shape: compiled(shape) for shape in shapes}
+
+    def _fill_drafts(self, fills: Sequence[Row]) -> None:
+        """Show the draft model what it has not seen, before the step that it drafts for."""
+        largest = max(self._fills)
+        left = deque(fills)
+        while left:
+            part = StepPlan()
+            while left and len(part.rows) < largest.rows and part.num_tokens < largest.tokens:
+                row = left.popleft()
+                count = min(row.count, largest.tokens - part.num_tokens)
+                part.rows.append(replace(row, count=count))
+                part.num_tokens += count
+                if count < row.count:
+                    left.appendleft(replace(row, start=row.start + count, count=row.count - count))
+            part.rows.sort(key=lambda row: row.count > 1)
+            shape = min(shape for shape in self._fills if shape.tokens >= part.num_tokens)
+            self.state = self._fills[shape](self.params, self.state, self.builder.build(part, shape))
 
     def _measure(self) -> dict[StepShape, float]:
         """-> seconds that each step of decodes takes, with drafts and without, made with nothing but padding."""
@@ -236,10 +283,13 @@ class Runner:
         for i in range(0, len(plan.copies), COPIES):
             pairs = np.zeros((COPIES, 2), np.int32)  # page 0 onto itself where there are fewer
             pairs[: len(plan.copies) - i] = plan.copies[i : i + COPIES]
-            caches = self._copy_pages(self.state.kv_caches, pairs[:, 0].copy(), pairs[:, 1].copy())
-            self.state = replace(self.state, kv_caches=caches)
+            both = self.state.kv_caches, self.state.draft_caches
+            caches, drafts = self._copy_pages(both, pairs[:, 0].copy(), pairs[:, 1].copy())
+            self.state = replace(self.state, kv_caches=caches, draft_caches=drafts)
         for slots, rows in self.builder.table_rows(plan):
             self.state = replace(self.state, page_table=self._write_pages(self.state.page_table, slots, rows))
+        if plan.fills:
+            self._fill_drafts(plan.fills)
         flat = self.builder.build(plan, shape)
         self.state, output = self.executables[shape](self.params, self.state, flat)
         output.sampled.token.copy_to_host_async()

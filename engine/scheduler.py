@@ -40,6 +40,7 @@ class StepPlan:
     admitted: list[Request] = field(default_factory=list)
     num_tokens: int = 0
     speculates: bool = False  # rows may have drafts; then each has one token besides, and samples
+    fills: list[Row] = field(default_factory=list)  # tokens that the draft model must see before
 
 
 class Scheduler:

@@ -25,7 +25,7 @@ class SpeculativeConfig:
     prompt_lookup_min: int = 2  # tokens at the sequence's end that must have occurred before
     prompt_lookup_max: int = 5  # tokens that are compared; the longest match wins
     suffix_decoding_max_tree_depth: int = 24  # tokens of the longest pattern that is remembered
-    suffix_decoding_max_cached_tokens: int = 1 << 20  # of finished outputs that are remembered
+    suffix_decoding_max_cached_tokens: int = 1 << 18  # of finished outputs that are remembered
     suffix_decoding_min_token_prob: float = 0.1  # a draft must have followed its pattern this often
     adaptive: bool = True
     benchmark_forced_acceptance: float | None = None

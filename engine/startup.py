@@ -16,6 +16,7 @@ from engine.core import EngineCore
 from engine.memory import limit_gpu_pool
 from engine.models.params import Params, random_params
 from engine.runner import Runner
+from engine.speculation.checkpoint import open_draft
 from engine.speculation.drafter import Drafter
 from engine.speculative_config import read_speculative_config
 from engine.tokenizer_files import load_tokenizer
@@ -47,18 +48,23 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
             raise ValueError("chat_template: is of no use without a tokenizer; leave it out")
         tokenizer.use_chat_template(config.chat_template)
 
+    drafter = draft = None
+    if config.speculative_config is not None:
+        spec = read_speculative_config(config.speculative_config)
+        draft = open_draft(spec, model, dummy=dummy)
+        drafter = Drafter(spec, draft and draft.model)
+
     def load() -> Params:
         began = time.perf_counter()
         if checkpoint is None or dummy:
             params = random_params(model, resolved.dtype, config.seed)
         else:
             params = load_params(checkpoint, resolved.dtype)
+        if draft is not None:
+            params = params | {"draft": draft.load(resolved.dtype, config.seed)}
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         return params
 
-    drafter = None
-    if config.speculative_config is not None:
-        drafter = Drafter(read_speculative_config(config.speculative_config))
     runner = Runner(config, resolved, model, load, report, cache, drafter)
     return EngineCore(config, resolved, model, tokenizer, runner)
 

@@ -66,11 +66,7 @@ def step(
     page_table = grow_table(state.page_table, part)
     if state.lengths is not None:
         part = follow(part, state.lengths)
-    pages_of = lambda *at: page_table.at[at].get(mode="fill", fill_value=0)
-    batch = RaggedBatch(
-        pages_of(part["slots"]), part["kv_lens"], part["cu_q_lens"], part["num_rows"], part["num_decodes"],
-        pages_of(part["token_slots"], part["positions"] // page_size), part["positions"] % page_size,
-    )  # fmt: skip
+    batch = ragged_batch(part, page_table, page_size)
     tables = state.tables
     sampled_before = tables.tokens[jnp.maximum(-1 - part["tokens"], 0), part["positions"]]
     tokens = jnp.where(part["tokens"] < 0, sampled_before, part["tokens"])
@@ -104,6 +100,15 @@ def step(
     with jax.named_scope("prompt_logprobs"):
         asked = jax.lax.cond(part["wants_prompt_logprobs"] != 0, prompt, nothing, hidden)
     return state, StepOutput(out, asked)
+
+
+def ragged_batch(part: dict[str, Array], page_table: Array, page_size: int) -> RaggedBatch:
+    """-> the batch that the parts of a flat input tell of."""
+    pages_of = lambda *at: page_table.at[at].get(mode="fill", fill_value=0)
+    return RaggedBatch(
+        pages_of(part["slots"]), part["kv_lens"], part["cu_q_lens"], part["num_rows"], part["num_decodes"],
+        pages_of(part["token_slots"], part["positions"] // page_size), part["positions"] % page_size,
+    )  # fmt: skip
 
 
 def grow_table(page_table: Array, part: dict[str, Array]) -> Array:

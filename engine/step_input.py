@@ -204,7 +204,7 @@ class BatchBuilder:
         parts["token_slots"][:total] = slots[row_of]
         parts["positions"][:total] = np.arange(total, dtype=np.int32) - (ends - counts - starts)[row_of]
         parts["tokens"][:total] = self._tokens(plan)
-        if any(row.request.params.prompt_logprobs is not None for row in plan.rows):
+        if not shape.plain and any(row.request.params.prompt_logprobs is not None for row in plan.rows):
             self._fill_prompt_logprobs(parts, plan)
         return flat
 

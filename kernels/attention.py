@@ -133,6 +133,6 @@ def choose_backend(name: str, platform: str, specs: set[AttentionSpec], page_siz
     raise ValueError(f"attention_backend: none fits on {platform}: {'; '.join(reasons)}")
 
 
-def copy_pages(caches: list[Any], sources: Array, destinations: Array) -> list[Any]:
+def copy_pages(caches: Any, sources: Array, destinations: Array) -> Any:
     """Copy whole pages in every layer; all reads come before all writes. sources, destinations: [C] i32."""
     return jax.tree.map(lambda pages: pages.at[destinations].set(pages[sources]), caches)

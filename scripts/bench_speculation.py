@@ -48,12 +48,15 @@ burned whale oil, then kerosene, and from 1925 electric light. Three keepers liv
 of them, Martha Ellery, left in 1962, when the lamp was made to light itself. In 1980 the tower was struck by lightning
 twice within a month, and the lens, made in Paris by Barbier and Company, cracked. It was replaced by a small beacon.
 Today a trust keeps the house open from May to September, and visitors climb 114 steps to the gallery."""
-COPYING = {
-    "rename": f"Rename the variable `settings` to `options` and write out the whole file again.\n\n```python\n{CODE}```",
-    "comment": f"Add a comment to the first function. Answer with the complete code.\n\n```python\n{CODE}```",
+QUESTIONS = {  # asked in the model's chat template
+    "rename": f"Rename the variable `settings` to `options` and write the whole file again.\n\n```python\n{CODE}```",
     "repeat": f"Repeat this text word for word:\n\n{TEXT}",
-    "quote": f"{TEXT}\n\nQuote the sentences of this text that are about the lamp and its lens, and those about keepers.",
-    "correct": f"Correct the spelling of this text and write it out in full:\n\n{TEXT}",
+    "quote": f"{TEXT}\n\nQuote the sentences of this text that are about the lamp and its lens, and about keepers.",
+}
+TEXTS = {  # to be continued
+    "edit": f"File:\n```python\n{CODE}```\n\nWith a comment on top:\n```python\n# settings on disk\nimport json\n",
+    "answer": f'{TEXT}\n\nQ: Tell me about the lighthouse.\nA: "The lighthouse at Cape Orford was built in 1871',
+    "copy": f"Text: The cat sat.\nCopy: The cat sat.\n\nText: {TEXT}\nCopy:",
 }
 MAX_TOKENS = 192
 ROWS = 32
@@ -62,9 +65,9 @@ ROWS = 32
 def copying(llm: LLM) -> tuple[float, list[list[int]]]:
     """-> seconds, and the tokens of each prompt."""
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-    prompts = [llm.chat_prompt([{"role": "user", "content": text}]) for text in COPYING.values()]
+    chats = [llm.chat_prompt([{"role": "user", "content": text}]) for text in QUESTIONS.values()]
     started = time.perf_counter()
-    outputs = [llm.generate(prompt, params, use_tqdm=False)[0] for prompt in prompts]
+    outputs = [llm.generate(prompt, params, use_tqdm=False)[0] for prompt in (*chats, *TEXTS.values())]
     return time.perf_counter() - started, [output.outputs[0].token_ids for output in outputs]
 
 

@@ -74,25 +74,39 @@ class Policy:
             largest = min(fitting, key=lambda s: (s.rows + s.drafts * rows > s.tokens, s.tokens))
             each = min(self.most_drafts, (largest.tokens - rows) // rows)
             return [each] * rows
-        # The chance that a row's first, second ... draft is kept; the best are taken, as many as a shape has room for.
-        worth = np.minimum(np.array(chances), MOST)[:, None] ** np.arange(1, self.most_drafts + 1)[None]
-        best = np.sort(worth, axis=None)[::-1]
-        without = [s for s in self.shapes if not s.drafts and s.rows == s.tokens >= rows and (plain or not s.plain)]
-        base = min(self.seconds[s] for s in without)
-        rate, shape = 0.0, fitting[0]
-        for candidate in fitting:
-            gained = rows + float(best[: candidate.tokens - rows].sum())
-            if gained / self.seconds[candidate] > rate:
-                rate, shape = gained / self.seconds[candidate], candidate
-        if rate * base < rows * GAIN and not self._may_probe(base, self.seconds[shape]):
+        shape, gain, base = self._best(chances, fitting, plain)
+        if gain < GAIN and not self._may_probe(base, self.seconds[shape]):
             return None
+        worth = self._worth(chances)
         room = shape.tokens - rows
-        least = best[room - 1] if room < best.size else 0.0
+        least = np.sort(worth, axis=None)[-room] if room < worth.size else 0.0
         counts = np.sum((worth >= least) & (worth > 0), axis=1).tolist()
         for i, count in enumerate(counts):  # equals at the least worth may be more than there is room for
             counts[i] = min(count, room)
             room -= counts[i]
         return counts
+
+    def are_worth_it(self, chances: Sequence[float], plain: bool) -> bool:
+        """-> whether `drafts` would give some, without counting what it does as a step."""
+        fitting = [s for s in self.shapes if s.rows >= len(chances) and s.drafts and (plain or not s.plain)]
+        return bool(fitting) and (not self.adaptive or self._best(chances, fitting, plain)[1] >= GAIN)
+
+    def _worth(self, chances: Sequence[float]) -> np.ndarray:
+        """-> [rows, drafts]: the chance that a row's first, second ... draft is kept."""
+        return np.minimum(np.array(chances), MOST)[:, None] ** np.arange(1, self.most_drafts + 1)[None]
+
+    def _best(
+        self, chances: Sequence[float], fitting: Sequence[StepShape], plain: bool
+    ) -> tuple[StepShape, float, float]:
+        """-> the shape that makes most tokens a second with the best drafts that it has room for, how many times as
+        many that is as without, and the seconds of a step without."""
+        rows = len(chances)
+        best = np.sort(self._worth(chances), axis=None)[::-1]
+        without = [s for s in self.shapes if not s.drafts and s.rows == s.tokens >= rows and (plain or not s.plain)]
+        base = min(self.seconds[s] for s in without)
+        gains = {s: (rows + float(best[: s.tokens - rows].sum())) * base / (self.seconds[s] * rows) for s in fitting}
+        shape = max(fitting, key=lambda s: gains[s])
+        return shape, gains[shape], base
 
     def _may_probe(self, base: float, cost: float) -> bool:
         """-> whether enough steps have been made without drafts to pay for one with them."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from engine.request import Request
 from engine.scheduler import Row, Scheduler, StepPlan
 from engine.slots import is_plain
 from engine.speculation.policy import Acceptance, Policy
+from engine.speculation.suffix import Suffixes
 from engine.speculative_config import SpeculativeConfig
 
 
@@ -30,9 +31,17 @@ class Speculator:
         self.stats = SpeculationStats(accepted_per_position=[0] * config.num_speculative_tokens)
         self._acceptance: dict[Request, Acceptance] = {}
         self._seen: dict[Request, Repeats] = {}
+        self._drafting: set[Request] = set()  # rows of the last plan, if it speculates
+        self._suffixes = Suffixes(config) if config.method == "suffix" else None
+        self._made: dict[Request, list[int]] = {}  # drafts for the plan at hand
+        self._filled: dict[Request, int] = {}  # tokens that the draft model has seen, of those that are not in there
 
     def extend(self, plan: StepPlan, scheduler: Scheduler) -> None:
         """Add drafts to a plan, if it is one of decodes and they are worth their time."""
+        for request in plan.admitted:
+            self._filled.pop(request, None)
+        self._made.clear()
+        drafting, self._drafting = self._drafting, set()
         if not plan.rows or any(row.count > 1 or not row.samples for row in plan.rows):
             return
         chances = [self._chance(row.request) for row in plan.rows]
@@ -40,10 +49,34 @@ class Speculator:
             return
         wanted = self.policy.drafts(chances, all(is_plain(row.request) for row in plan.rows))
         if wanted is not None:
+            if self._suffixes is not None:
+                for i, row in enumerate(plan.rows):
+                    row.given = self._made[row.request][: wanted[i]]
+                    wanted[i] = len(row.given)
             scheduler.add_drafts(plan, wanted)
+            self._drafting = {row.request for row in plan.rows}
+            if self.config.method == "draft_model":
+                plan.fills = [fill for row in plan.rows if row.request not in drafting for fill in self._fill(row)]
+
+    def must_know(self, running: Iterable[Request]) -> bool:
+        """-> whether what is in flight must be known before the next plan: the host is to draft behind it."""
+        if self._suffixes is None:
+            return False
+        requests = list(running)
+        chances = [self._chance(request) for request in requests]
+        plain = all(is_plain(request) for request in requests)
+        return any(chances) and self.policy.are_worth_it(chances, plain)
+
+    def _fill(self, row: Row) -> Iterator[Row]:
+        """Yields the tokens, short of the last two, that the draft model has not seen of a row of known length."""
+        start = self._filled.get(row.request, 0)
+        if (count := row.start - 1 - start) > 0:
+            yield Row(row.request, row.slot, start, count, samples=False)
 
     def observe(self, row: Row, kept: int, drafted: int) -> None:
         """Take in that of a row's `drafted` drafts `kept` were right."""
+        if row.request.finish_reason is None:
+            self._filled[row.request] = len(row.request.token_ids) - 2
         if not drafted:
             return
         stats, metrics = self.stats, row.request.group.metrics
@@ -64,11 +97,18 @@ class Speculator:
 
     def forget(self, request: Request) -> None:
         """A request has ended."""
+        if self._suffixes is not None:
+            self._suffixes.end(request)
         self._acceptance.pop(request, None)
         self._seen.pop(request, None)
+        self._filled.pop(request, None)
 
     def _chance(self, request: Request) -> float:
         """-> how likely the request's next draft is right, as far as can be told."""
+        if self._suffixes is not None:
+            drafts = self._made[request] = self._suffixes.propose(request, self.config.num_speculative_tokens)
+            if not drafts:
+                return 0.0
         if self.config.method == "ngram" and self.config.adaptive:
             repeats = self._seen.setdefault(request, Repeats(self.config.prompt_lookup_min))
             if not repeats.ends_in_one(request.token_ids):

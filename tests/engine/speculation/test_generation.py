@@ -17,8 +17,10 @@ SHAPE = dict(
 K = 3
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"prompt_lookup_min": 1},
+    "draft_model": {},
+    "suffix": {},
 }
-SETTINGS = dict(load_format="dummy", max_num_seqs=4, max_num_batched_tokens=16)
+SETTINGS = dict(load_format="dummy", max_num_seqs=2, max_num_batched_tokens=16)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,11 @@ def plain(folder: pathlib.Path, smollm2_gguf: pathlib.Path) -> LLM:
 
 @pytest.fixture(scope="module", params=METHODS)
 def speculating(request: pytest.FixtureRequest, folder: pathlib.Path, smollm2_gguf: pathlib.Path) -> LLM:
+    """The draft model is the model itself: drafts are right but for rounding."""
     config = {"method": request.param, "num_speculative_tokens": K, "adaptive": False} | METHODS[request.param]
-    few_pages = dict(num_gpu_blocks_override=14)
+    if request.param == "draft_model":
+        config["model"] = str(folder)
+    few_pages = dict(num_gpu_blocks_override=9)
     return LLM(model=str(folder), tokenizer=str(smollm2_gguf), speculative_config=config, **few_pages, **SETTINGS)
 
 

@@ -31,6 +31,7 @@ from engine.request import Request
 from engine.scheduler import Row, StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
 from engine.speculation import draft_model
+from engine.speculation.checkpoint import abstract_draft
 from engine.speculation.drafter import Drafter
 from engine.speculation.step import speculating_step
 from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
@@ -97,8 +98,8 @@ class Runner:
         specs = [attention_spec(model, i) for i in range(len(model.layers))]
         draft = drafter and drafter.model
         draft_specs = [attention_spec(draft, i) for i in range(len(draft.layers))] if draft else []
-        if draft:
-            self._abstract_params = self._abstract_params | {"draft": abstract_params(draft, resolved.dtype)}
+        if drafter and draft:
+            self._abstract_params = self._abstract_params | {"draft": abstract_draft(drafter, resolved.dtype)}
         every = {*specs, *draft_specs}
         self.backend = choose_backend(config.attention_backend, device.platform, every, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
@@ -118,7 +119,11 @@ class Runner:
             page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
             lengths = None if drafter is None else jax.ShapeDtypeStruct((resolved.max_num_seqs,), jnp.int32)
             tables: Any = jax.eval_shape(new_tables)
-            return DeviceState(caches_of(specs), page_table, tables, lengths, caches_of(draft_specs))  # type: ignore[arg-type]
+            outputs = None
+            if drafter and drafter.has_head:
+                outputs = jax.ShapeDtypeStruct((resolved.max_num_seqs, model.hidden_size), resolved.dtype)
+            drafts = caches_of(draft_specs)
+            return DeviceState(caches_of(specs), page_table, tables, lengths, drafts, outputs)  # type: ignore[arg-type]
 
         def counted(*arguments: Any) -> Any:
             self.num_traces += 1
@@ -128,7 +133,7 @@ class Runner:
             self.num_traces += 1
             return speculating_step(*arguments)
 
-        self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+        self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3, 7), donate_argnums=5)
         self._speculating_step = jax.jit(counted_speculating, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
         sizes = partial(
             plan_memory, config, resolved, device,
@@ -158,7 +163,7 @@ class Runner:
         zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty))
         self.state = replace(zeros(), tables=jax.jit(new_tables)())
         self._prepare_slots()
-        if draft:
+        if draft and drafter and not drafter.has_head:
             self._prepare_fills(draft)
         self.step_seconds = self._measure() if drafter is not None and drafter.config.adaptive else {}
 
@@ -175,7 +180,7 @@ class Runner:
             if shape.drafts:
                 lowered = self._speculating_step.lower(self.drafter, *arguments)
             else:
-                lowered = self._step.lower(*arguments)
+                lowered = self._step.lower(*arguments, self.drafter)
         return lowered.compile(options)
 
     def _compile_all(

@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[str, ...]] = {  # method -> its own keys
     "suffix": _SUFFIX,
     "draft_model": ("model",),
     "eagle3": ("model",),
-    "mtp": ("model",),
+    "mtp": (),
 }
 _NEEDS_MODEL = ("draft_model", "eagle3")
 # Key -> type, least and largest value.

@@ -17,7 +17,6 @@ from engine.memory import limit_gpu_pool
 from engine.models.params import Params, random_params
 from engine.runner import Runner
 from engine.speculation.checkpoint import open_draft
-from engine.speculation.drafter import Drafter
 from engine.speculative_config import read_speculative_config
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
@@ -51,8 +50,8 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     drafter = draft = None
     if config.speculative_config is not None:
         spec = read_speculative_config(config.speculative_config)
-        draft = open_draft(spec, model, dummy=dummy)
-        drafter = Drafter(spec, draft and draft.model)
+        draft = open_draft(spec, model, checkpoint, dummy=dummy)
+        drafter = draft.drafter
 
     def load() -> Params:
         began = time.perf_counter()
@@ -60,7 +59,7 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
             params = random_params(model, resolved.dtype, config.seed)
         else:
             params = load_params(checkpoint, resolved.dtype)
-        if draft is not None:
+        if draft is not None and draft.load is not None:
             params = params | {"draft": draft.load(resolved.dtype, config.seed)}
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         return params

@@ -12,9 +12,11 @@ from jax import Array
 
 from engine.models.config import ModelConfig
 from engine.models.params import Params
-from engine.models.transformer import forward, logits
+from engine.models.transformer import forward_with_taps, logits
 from engine.request import MAX_LOGPROBS
 from engine.sampler import SampleOutput, SamplingInput, SlotTables, prompt_logprobs, sample
+from engine.speculation import heads
+from engine.speculation.drafter import Drafter
 from engine.speculation.lengths import follow
 from engine.speculation.verify import Runs
 from engine.step_input import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
@@ -30,6 +32,7 @@ class DeviceState:
     tables: SlotTables  # by slot: the tokens so far, and rare sampling wishes
     lengths: Array | None = None  # [slots] i32: tokens so far, where the engine speculates
     draft_caches: list[Any] = field(default_factory=list)  # as kv_caches, of the layers that draft
+    head_outputs: Array | None = None  # [slots, D], of a head that drafts: its output at the token before the last
 
 
 @struct.dataclass
@@ -59,8 +62,12 @@ def step(
     params: Params,
     state: DeviceState,
     flat: Array,
+    drafter: Drafter | None = None,
 ) -> tuple[DeviceState, StepOutput]:
-    """Compute one step. `flat` is BatchBuilder.build's int32 array; what comes before `params` is static."""
+    """Compute one step. `flat` is BatchBuilder.build's int32 array; what comes before `params` is static.
+
+    So is `drafter`: its head, if it has one, looks at every token.
+    """
     part = unpack(flat, shape)
     # Padding has slots out of range: it changes nothing, reads page 0 and writes there.
     page_table = grow_table(state.page_table, part)
@@ -70,7 +77,11 @@ def step(
     tables = state.tables
     sampled_before = tables.tokens[jnp.maximum(-1 - part["tokens"], 0), part["positions"]]
     tokens = jnp.where(part["tokens"] < 0, sampled_before, part["tokens"])
-    hidden, kv_caches = forward(config, backend, params, state.kv_caches, tokens, part["positions"], batch)
+    taps = drafter.taps if drafter else ()
+    positions = part["positions"]
+    hidden, kv_caches, tapped = forward_with_taps(
+        config, backend, params, state.kv_caches, tokens, positions, batch, taps
+    )
 
     with jax.named_scope("sample"):
         to_logits = lambda rows: logits(config, params, rows)
@@ -84,6 +95,16 @@ def step(
         if lengths is not None:
             lengths = lengths.at[slots].set(part["sample_positions"] + 1, mode="drop")
 
+    if drafter and drafter.has_head:
+        with jax.named_scope("draft"):
+            seen = heads.features(drafter, params, hidden, tapped)
+            following = history.at[part["token_slots"], positions + 1].get(mode="fill", fill_value=0)
+            out_of_head, draft_caches = heads.advance(
+                drafter, config, backend, params, state.draft_caches, seen, following, positions, batch
+            )
+            assert state.head_outputs is not None
+            outputs = state.head_outputs.at[slots].set(out_of_head[part["sample_at"]], mode="drop")
+            state = replace(state, draft_caches=draft_caches, head_outputs=outputs)
     state = replace(
         state, kv_caches=kv_caches, page_table=page_table, tables=replace(tables, tokens=history), lengths=lengths
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -40,10 +41,21 @@ def forward(
     batch: RaggedBatch,
 ) -> tuple[Array, list[Any]]:
     """tokens [T] i32, positions [T] i32, one ragged batch -> hidden states [T, D] after the final norm, new caches."""
-    with jax.named_scope("embed"):
-        x = take_rows(params["embed"], tokens)
-        if config.embedding_scale != 1:
-            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    return forward_with_taps(config, backend, params, kv_caches, tokens, positions, batch, ())[:2]
+
+
+def forward_with_taps(
+    config: ModelConfig,
+    backend: Backend,
+    params: Params,
+    kv_caches: list[Any],
+    tokens: Array,
+    positions: Array,
+    batch: RaggedBatch,
+    taps: Sequence[int],
+) -> tuple[Array, list[Any], list[Array]]:
+    """As `forward`, and the hidden states [T, D] that go into layers `taps`; len(config.layers): out of the last."""
+    x, states = embed(config, params, tokens), []
     ropes: dict[RopeSpec | None, Rope] = {None: None}
     for layer in config.layers:
         if layer.rope is not None and layer.rope not in ropes:
@@ -51,13 +63,27 @@ def forward(
     caches = []
     for i, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
         spec = attention_spec(config, i)
-        x, cache = _layer(config, layer, backend, spec, weights, kv_caches[i], x, ropes[layer.rope], batch)
+        states.append(x)
+        x, cache = decoder_layer(config, layer, backend, spec, weights, kv_caches[i], x, ropes[layer.rope], batch)
         caches.append(cache)
-    return rms_norm(x, params["final_norm"], config.norm_eps), caches
+    states.append(x)
+    return rms_norm(x, params["final_norm"], config.norm_eps), caches, [states[i] for i in taps]
+
+
+def embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
+    """tokens [T] i32 -> [T, D]."""
+    with jax.named_scope("embed"):
+        x = take_rows(params["embed"], tokens)
+        return x * jnp.asarray(config.embedding_scale, x.dtype) if config.embedding_scale != 1 else x
+
+
+def rope_of(config: ModelConfig, layer: LayerSpec, positions: Array) -> Rope:
+    """-> cosines and sines for one layer at positions [T] i32."""
+    return None if layer.rope is None else rope_tables(layer.rope, positions, config.max_model_len)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced and lowered once for all layers that are alike; XLA inlines it
-def _layer(
+def decoder_layer(
     config: ModelConfig,
     layer: LayerSpec,
     backend: Backend,
@@ -77,6 +103,24 @@ def _layer(
         x = x + norm("attn_post_norm", h)
     with jax.named_scope("mlp"):
         return x + norm("mlp_post_norm", _mlp(config, layer, p, norm("mlp_norm", x), batch)), kv_cache
+
+
+def gated_layer(
+    config: ModelConfig,
+    layer: LayerSpec,
+    backend: Backend,
+    spec: AttentionSpec,
+    p: Params,
+    kv_cache: Any,
+    x: Array,
+    residual: Array,
+    rope: Rope,
+    batch: RaggedBatch,
+) -> tuple[Array, Any]:
+    """A layer whose attention reads something else than its residual: x [T, E], normed, and [T, D] -> [T, D], cache."""
+    h, kv_cache = _attention(config, backend, spec, p, kv_cache, x, rope, batch)
+    residual = residual + h
+    return residual + _mlp(config, layer, p, rms_norm(residual, p["mlp_norm"], config.norm_eps), batch), kv_cache
 
 
 def _attention(

@@ -43,13 +43,14 @@ def propose(
     """
     one = jnp.arange(rows.slots.shape[0], dtype=jnp.int32)
     row, behind = jnp.repeat(one, 2), jnp.tile(jnp.array([-1, 0], jnp.int32), one.shape[0])
+    runs: tuple[Array, int] | None = (2 * one, 2)
     for step in range(count):
-        tokens, positions, batch = rows.spread(row, behind, tables.tokens, page_size)
+        tokens, positions, batch = rows.spread(row, behind, tables.tokens, page_size, runs)
         hidden, caches = forward(model, backend, params, caches, tokens, positions, batch)
         hidden = hidden[1::2] if step == 0 else hidden
         token = choose(logits(model, params, hidden), rows.lengths + step, tables)
         tables = replace(tables, tokens=rows.write(tables.tokens, step, token))
-        row, behind = one, jnp.full_like(one, step + 1)
+        row, behind, runs = one, jnp.full_like(one, step + 1), None
     return tables, caches
 
 

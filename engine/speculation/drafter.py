@@ -13,3 +13,10 @@ class Drafter(NamedTuple):
 
     config: SpeculativeConfig
     model: ModelConfig | None = None
+    taps: tuple[int, ...] = ()  # EAGLE-3: the layers whose input it reads
+    norm_before_residual: bool = False  # EAGLE-3: whether its residual is what its norm makes of that
+
+    @property
+    def has_head(self) -> bool:
+        """-> whether drafts come from what the verifying model computes."""
+        return self.config.method in ("eagle3", "mtp")

@@ -10,10 +10,10 @@ from jax import Array
 
 from engine.models.config import ModelConfig
 from engine.models.params import Params
-from engine.models.transformer import forward, logits
+from engine.models.transformer import forward_with_taps, logits
 from engine.request import MAX_LOGPROBS
 from engine.sampler import WANTS_LOGPROBS, SlotTables, sample
-from engine.speculation import draft_model, ngram
+from engine.speculation import draft_model, heads, ngram
 from engine.speculation.drafter import Drafter
 from engine.speculation.lengths import length_of
 from engine.speculation.rows import Rows
@@ -68,6 +68,12 @@ def speculating_step(
             tables, caches = draft_model.propose(
                 drafter.model, backend, page_size, params["draft"], caches, rows, shape.drafts, tables, choose
             )
+        elif drafter.has_head:
+            assert state.head_outputs is not None
+            last = state.head_outputs.at[slots].get(mode="clip")
+            tables, caches = heads.propose(
+                drafter, config, backend, page_size, params, caches, rows, last, shape.drafts, tables, choose
+            )
         else:
             count = part["num_given"]
             tables = replace(tables, tokens=rows.write(tables.tokens, 0, part["given"]))
@@ -79,8 +85,11 @@ def speculating_step(
     row = jnp.minimum(part["row_of"], shape.rows - 1)
     behind = jnp.arange(shape.tokens, dtype=jnp.int32) - part["cu_q_lens"][row]
     behind = jnp.where((part["row_of"] < shape.rows) & (behind <= count[row]), behind, page_table.size * page_size)
-    tokens, positions, batch = rows.spread(row, behind, tables.tokens, page_size)
-    hidden, kv_caches = forward(config, backend, params, state.kv_caches, tokens, positions, batch)
+    runs = part["cu_q_lens"][:-1], shape.drafts + 1
+    tokens, positions, batch = rows.spread(row, behind, tables.tokens, page_size, runs)
+    hidden, kv_caches, tapped = forward_with_taps(
+        config, backend, params, state.kv_caches, tokens, positions, batch, drafter.taps
+    )
 
     with jax.named_scope("verify"):
         each = {
@@ -101,5 +110,15 @@ def speculating_step(
         run = jnp.where(slots < nowhere, num_kept(sampled, drafts, count) + 1, 0)
         tables = replace(tables, tokens=rows.write(tables.tokens, 0, sampled))
         lengths = state.lengths.at[slots].set(lengths + run, mode="drop")
-    state = DeviceState(kv_caches, page_table, tables, lengths, caches)
+    outputs = state.head_outputs
+    if outputs is not None:
+        with jax.named_scope("draft"):
+            seen = heads.features(drafter, params, hidden, tapped)
+            following = tables.tokens.at[slots[row], positions + 1].get(mode="fill", fill_value=0)
+            out_of_head, caches = heads.advance(
+                drafter, config, backend, params, caches, seen, following, positions, batch
+            )
+            last = jnp.minimum(part["cu_q_lens"][:-1] + run - 1, shape.tokens - 1)
+            outputs = outputs.at[slots].set(out_of_head[last], mode="drop")
+    state = DeviceState(kv_caches, page_table, tables, lengths, caches, outputs)
     return state, StepOutput(out, None, Runs(run, count))

@@ -14,6 +14,9 @@ from engine.pages import PAGE_SIZES, default_page_size
 from engine.speculative_config import METHODS, read_speculative_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = (
+    "gguf", "fp8", "mxfp4", "awq", "gptq", "compressed-tensors", "dequantize", "int8", "int8_w8a8", "fp8_block", "int4"
+)  # fmt: skip
 NARROW_KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
@@ -39,7 +42,13 @@ class EngineConfig:
     kv_cache_dtype: str = _setting(
         "auto", "Of the KV cache; auto: as dtype, fp8: fp8_e4m3.", choices=(*DTYPES, *NARROW_KV_DTYPES)
     )
-    quantization: str | None = _setting(None, "Weight quantisation; none is supported yet.")
+    quantization: str | None = _setting(
+        None,
+        "How weights are kept: as the checkpoint has them (gguf, fp8, mxfp4, awq, gptq, compressed-tensors), expanded "
+        "(dequantize), or quantized while they are loaded (int8, int8_w8a8, fp8, fp8_block, int4); default: as the "
+        "checkpoint has them, on a CPU expanded.",
+        choices=QUANTIZATIONS,
+    )
     max_model_len: int | None = _setting(None, "Longest sequence, in tokens; default: the model's.", low=1, kind=int)
     max_num_seqs: int | None = _setting(
         None, "Most sequences in a step; default: 32 on CPU, else 256.", low=1, kind=int
@@ -75,6 +84,7 @@ class EngineConfig:
     compilation_cache_dir: str | None = _setting(
         None, "Where compiled steps are kept; default: ~/.cache/quire, or JAX's own cache if that is set up."
     )
+    profile_dir: str | None = _setting(None, "Folder for profiler traces; without it none can be asked for.")
     seed: int = _setting(0, "Draws the seeds of requests that name none, and dummy weights.", kind=int)
 
     def __post_init__(self):
@@ -100,8 +110,6 @@ class EngineConfig:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name}: only 1 is supported so far, got {getattr(self, name)}")
-        if self.quantization is not None:
-            raise ValueError(f"quantization: not supported yet, got {self.quantization!r}; leave it out")
         if self.speculative_config is not None:
             read_speculative_config(self.speculative_config)
 

@@ -11,10 +11,15 @@ from absl import app, flags
 FLAGS = flags.FLAGS
 
 
-def define_flags() -> None:
-    """Only for the program: the engine's own flags have these names, too."""
-    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "float16"], "Of the parameters that are written.")
-    flags.DEFINE_string("revision", None, "Branch, tag or commit of a model on the hub; default: its main branch.")
+PURPOSE = "a model as an Orbax checkpoint in the engine's own layout and dtype"
+
+
+def define(values: flags.FlagValues) -> None:
+    """Define the program's flags."""
+    kinds, text = ["float32", "bfloat16", "float16"], "Of the parameters that are written."
+    flags.DEFINE_enum("dtype", "bfloat16", kinds, text, flag_values=values)
+    text = "Branch, tag or commit of a model on the hub; default: its main branch."
+    flags.DEFINE_string("revision", None, text, flag_values=values)
 
 
 def convert(source: str, destination: Path, dtype: str, revision: str | None = None) -> int:
@@ -53,5 +58,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
+    define(FLAGS)
     app.run(main)

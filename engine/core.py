@@ -15,6 +15,7 @@ from engine.detokenizer import Detokenizer
 from engine.models.config import ModelConfig
 from engine.pages import PagePool
 from engine.pooling import Pooler
+from engine.profiler import Profiler
 from engine.request import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -87,6 +88,7 @@ class EngineCore:
         self._groups: dict[str, Group] = {}
         self._detokenizers: dict[Request, Detokenizer] = {}
         self._in_flight: Launched | None = None
+        self._profiler = Profiler(config.profile_dir)
         self._prompt_tokens = self._generation_tokens = self._last_iteration_tokens = 0
 
     # Requests
@@ -192,7 +194,9 @@ class EngineCore:
     def _commit(self, launched: Launched) -> list[Update]:
         sampled = self.runner.collect(launched)
         plan = launched.plan
-        if not plan.speculates and any(row.request.params.prompt_logprobs is not None for row in plan.rows):
+        if launched.output.prompt is not None and any(
+            row.request.params.prompt_logprobs is not None for row in plan.rows
+        ):
             self._take_prompt_logprobs(launched)
         index_of, candidates = dict[int, int](), None
         if _wants_logprobs(plan.rows):
@@ -294,6 +298,16 @@ class EngineCore:
     def reset_prefix_cache(self) -> bool:
         """Forget all prefixes. -> False, with nothing done, while requests hold pages."""
         return self.scheduler.pool.reset()
+
+    def start_profile(self) -> None:
+        """Begin a profiler trace in profile_dir. Errors: RequestError, if there is none or one is being made."""
+        self._profiler.start()
+
+    def stop_profile(self) -> None:
+        """End the trace, with the steps that are in flight in it. Errors: RequestError, if none is being made."""
+        if self._in_flight is not None:
+            self.runner.collect(self._in_flight)
+        self._profiler.stop()
 
     def close(self) -> None:
         """Wait for the device; the engine is not used after this."""

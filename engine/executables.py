@@ -41,9 +41,10 @@ class ExecutableCache:
         parts = (_sources(), jax.__version__, version("jaxlib"), _device(device), settings, environment, *identity)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
         self.folder = None if root is None else root / f"steps-{key}"
+        self._new: dict[str, Any] = {}  # compiled, not saved yet
 
     def get(self, name: str, compile: Callable[[], Any]) -> Any:
-        """-> the executable that was kept under this name, or else a new one, which is kept if its backend can."""
+        """-> the executable that was kept under this name, or else a new one, which `save_new` will keep."""
         data = self._read(name)
         if data is not None:
             try:
@@ -51,10 +52,19 @@ class ExecutableCache:
             except Exception:  # damaged, or of another build after all: whatever it is, compiling anew is the remedy
                 pass
         executable = compile()
-        if self.folder is not None:
-            with suppress(ValueError, TypeError, jax.errors.JaxRuntimeError):
-                self._write(name, pickle.dumps(serialize_executable.serialize(executable)))
+        self._new[name] = executable
         return executable
+
+    def save_new(self) -> None:
+        """Keep what was compiled, as far as its backend can write it down: for a thread, after all is compiled.
+
+        Writing one down holds Python's lock for a fifth of a second, for which others could not trace.
+        """
+        for name, executable in self._new.items():
+            if self.folder is not None:
+                with suppress(ValueError, TypeError, jax.errors.JaxRuntimeError):
+                    self._write(name, pickle.dumps(serialize_executable.serialize(executable)))
+        self._new.clear()
 
     def get_number(self, name: str, compute: Callable[[], int]) -> int:
         """-> the number that was kept under this name, or else a new one, which is kept."""

@@ -12,13 +12,19 @@ from engine.config import json_setting
 from engine.request import SamplingParams
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", None, "A GGUF file or a Hugging Face folder; default: SmolLM2-135M-Instruct.")
-flags.DEFINE_string("system", None, "A system message.")
-flags.DEFINE_integer("max_tokens", 512, "Longest answer, in tokens.", lower_bound=1)
-flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0)
-flags.DEFINE_integer("seed", None, "Makes a sampled answer repeatable.")
-flags.DEFINE_string("speculative_config", None, "JSON; as of python -m engine.serve.")
-flags.DEFINE_integer("max_model_len", 2048, "Longest conversation, in tokens.", lower_bound=1)
+PURPOSE = "a chat answer, streamed to the terminal"
+
+
+def define(values: flags.FlagValues) -> None:
+    """Define the program's flags."""
+    at: Any = {"flag_values": values}
+    flags.DEFINE_string("model", None, "A GGUF file or a Hugging Face folder; default: SmolLM2-135M-Instruct.", **at)
+    flags.DEFINE_string("system", None, "A system message.", **at)
+    flags.DEFINE_integer("max_tokens", 512, "Longest answer, in tokens.", lower_bound=1, **at)
+    flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0, **at)
+    flags.DEFINE_integer("seed", None, "Makes a sampled answer repeatable.", **at)
+    flags.DEFINE_string("speculative_config", None, "JSON; as of python -m engine.serve.", **at)
+    flags.DEFINE_integer("max_model_len", 2048, "Longest conversation, in tokens.", lower_bound=1, **at)
 
 
 def main(arguments: list[str]) -> None:
@@ -51,4 +57,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define(FLAGS)
     app.run(main)

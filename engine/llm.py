@@ -129,6 +129,14 @@ class LLM:
         """Forget all cached prefixes. -> whether it was possible: False while requests run."""
         return self.core.reset_prefix_cache()
 
+    def start_profile(self) -> None:
+        """Begin a profiler trace in the folder of the setting profile_dir. Errors: RequestError."""
+        self.core.start_profile()
+
+    def stop_profile(self) -> None:
+        """Write the trace. Errors: RequestError, if none was begun."""
+        self.core.stop_profile()
+
     def get_metrics(self) -> Stats:
         return self.core.stats()
 

@@ -62,7 +62,8 @@ def plan_memory(
             stats = device.memory_stats()
             limit = stats["bytes_limit"]  # on a GPU, the pool that `limit_gpu_pool` has asked for
             share = 1 if device.platform == "gpu" else config.gpu_memory_utilization
-            room = int(limit * share) - in_use - weights - temporaries - tables - RESERVE
+            # Temporaries twice: what a step hands out may lie in the middle of what is free, in the next one's way.
+            room = int(limit * share) - in_use - weights - 2 * temporaries - tables - RESERVE
             source = f"gpu_memory_utilization {config.gpu_memory_utilization}, which gives {_mib(int(limit * share))}"
         num_pages = max(room, 0) // page_bytes
     plan = MemoryPlan(weights, temporaries, tables, page_bytes, num_pages, page)
@@ -84,6 +85,36 @@ def limit_gpu_pool(config: EngineConfig) -> None:
     if total is not None:
         share = max(share - CUDA_BYTES / total, 0.01)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.4f}")
+
+
+def highest_utilization() -> float | None:
+    """-> the most that gpu_memory_utilization can be, in hundredths: what nobody has of the first device's memory yet.
+
+    None where the setting has no meaning, on a CPU. Whether a model fits into it is told when it starts, before it
+    allocates. For a process of its own: it touches the device.
+    """
+    found = _gpu_free_bytes()
+    if found is None:
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform == "cpu":
+            return None
+        stats = device.memory_stats()
+        found = stats["bytes_limit"] - stats["bytes_in_use"], stats["bytes_limit"]
+    free, total = found
+    return max(int(free / total * 100), 1) / 100
+
+
+def _gpu_free_bytes() -> tuple[int, int] | None:
+    """-> free and total memory of the first NVIDIA GPU, as its driver counts them; None without one."""
+    if _gpu_bytes() is None:
+        return None
+    cuda = ctypes.CDLL("libcuda.so.1")
+    context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    failed = cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or cuda.cuCtxSetCurrent(context)
+    failed = failed or cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    return None if failed else (free.value, total.value)
 
 
 def _gpu_bytes() -> int | None:

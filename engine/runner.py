@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.executables import ExecutableCache
-from engine.memory import MemoryPlan, plan_memory
+from engine.memory import RESERVE, MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.params import Params, abstract_params
 from engine.models.transformer import attention_spec
@@ -56,7 +56,8 @@ COPIES = 8  # page copies in one launch; more take several
 # where products have very few rows; for the largest step a choice of cuBLAS' own is enough (docs/performance.md).
 NO_TRITON: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0, **NO_TRITON}
-TUNED_TOKENS = 8  # steps of so many tokens at most are tuned in full
+TUNED_TOKENS = 8  # steps of so many tokens at most are tuned in full, and with drafts of twice as many
+UNLUCKY_TOKENS = 128  # where cuBLAS' first choice for Llama-8B's gate_up takes 109 us, and its best 66
 
 
 def first_tokens(plan: StepPlan) -> list[int]:
@@ -84,24 +85,26 @@ class Runner:
         load: Callable[[], Params],
         report: Callable[[str], None],
         cache_folder: Path | None = None,
+        abstract: Callable[[ModelConfig], Params] | None = None,
         drafter: Drafter | None = None,
     ):
         """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too.
 
-        `cache_folder`: where compiled steps are kept between processes, if at all. `drafter`: who speculates, if any.
+        `cache_folder`: where compiled steps are kept between processes, if at all. `abstract`: a model's
+        parameters' shapes and dtypes, if they are not all of the resolved dtype. `drafter`: who speculates, if any.
         """
         self.model, self.drafter, self.num_traces, self._lowering = model, drafter, 0, Lock()
         device = jax.devices()[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        self._abstract_params = abstract_params(model, resolved.dtype)
+        own = abstract or partial(abstract_params, dtype=resolved.dtype)
+        drafting = {"draft": abstract_draft(drafter, resolved.dtype)} if drafter and drafter.model else {}
+        self._abstract = lambda model: own(model) | drafting
+        params = self._abstract(model)
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
-        specs = [attention_spec(model, i) for i in range(len(model.layers))]
         draft = drafter and drafter.model
         draft_specs = [attention_spec(draft, i) for i in range(len(draft.layers))] if draft else []
-        if drafter and draft:
-            self._abstract_params = self._abstract_params | {"draft": abstract_draft(drafter, resolved.dtype)}
-        every = {*specs, *draft_specs}
-        self.backend = choose_backend(config.attention_backend, device.platform, every, page, kv_dtype)
+        specs = {*(attention_spec(model, i) for i in range(len(model.layers))), *draft_specs}
+        self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
         pages_per_row = -(-resolved.max_model_len // page)
@@ -114,8 +117,9 @@ class Runner:
         self.page_size = page
         new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
 
-        def state_spec(num_pages: int) -> DeviceState:
+        def state_spec(num_pages: int, model: ModelConfig = model) -> DeviceState:
             caches_of = lambda specs: [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
+            specs = [attention_spec(model, i) for i in range(len(model.layers))]
             page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
             lengths = None if drafter is None else jax.ShapeDtypeStruct((resolved.max_num_seqs,), jnp.int32)
             tables: Any = jax.eval_shape(new_tables)
@@ -138,25 +142,35 @@ class Runner:
         sizes = partial(
             plan_memory, config, resolved, device,
             in_use=in_use,
-            weights=_tree_bytes(self._abstract_params),
+            weights=_tree_bytes(params),
             tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
             page_bytes=_tree_bytes((state_spec(1).kv_caches, state_spec(1).draft_caches)),
         )  # fmt: skip
-        identity = (model, resolved, self.backend.name, self._abstract_params, drafter)
+        identity = (model, resolved, self.backend.name, params, drafter)
         self._cache = ExecutableCache(cache_folder, device, *identity)
-        largest = max(self.shapes, key=lambda s: (s.tokens, s.rows, not s.plain))
+        kinds = [s for s in self.shapes if not s.drafts], [s for s in self.shapes if s.drafts]
+        largest = [max(kind, key=lambda s: (s.tokens, s.rows, not s.plain)) for kind in kinds if kind]
         with ThreadPoolExecutor(1, "load") as loader:
             loading = loader.submit(load)
-            if device.platform == "cpu":  # nothing depends on temporaries here: compile once, at the final size
-                plan = sizes(temporaries=0)
-            else:
-                measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1)))
-                plan = sizes(temporaries=self._cache.get_number("temporaries", measure))
-            state = state_spec(plan.num_pages)
-            self.executables = self._compile_all(state, plan.num_pages, loading, report)
+            temporaries = 0
+            if device.platform != "cpu":  # where nothing depends on them
+                small = replace(model, layers=tuple(dict.fromkeys(model.layers)) * 2)
+                few = drafter and drafter._replace(taps=(0,) * len(drafter.taps))
+                fake = state_spec(pages_per_row + 1, small)
+                measure = lambda: max(_temporaries(self._compile(shape, fake, small, few)) for shape in largest)
+                temporaries = self._cache.get_number("temporaries", measure)
+            while True:
+                plan = sizes(temporaries=temporaries)
+                state = state_spec(plan.num_pages)
+                self.executables = self._compile_all(state, plan.num_pages, loading, report)
+                # Planned once: the pool hands out the pages that the cache has, whatever is in use since.
+                self.memory: MemoryPlan = replace(
+                    plan, temporaries=max(_temporaries(self.executables[s]) for s in largest)
+                )
+                if device.platform == "cpu" or self.memory.temporaries <= temporaries + RESERVE // 2:
+                    break
+                temporaries = self.memory.temporaries  # two layers of each kind told too little
             self.params = loading.result()
-        # Planned once: the pool must hand out the pages that the cache has, whatever compiling left in use since.
-        self.memory: MemoryPlan = replace(plan, temporaries=_temporaries(self.executables[largest]))
         for line in self.memory.describe(resolved.max_model_len):
             report(line)
         empty = replace(state, tables=None)  # type: ignore[arg-type]
@@ -166,21 +180,23 @@ class Runner:
         if draft and drafter and not drafter.has_head:
             self._prepare_fills(draft)
         self.step_seconds = self._measure() if drafter is not None and drafter.config.adaptive else {}
+        Thread(target=self._cache.save_new, name="save steps").start()
 
-    def _compile(self, shape: StepShape, state: DeviceState) -> Any:
-        """-> the executable of a step. The step that long prompts fill gets the kernels that take long to compile."""
+    def _compile(self, shape: StepShape, state: DeviceState, model: ModelConfig, drafter: Drafter | None) -> Any:
+        """-> the executable of a step of `model`. The one that long prompts fill gets the slow-to-compile kernels."""
         fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
         backend = self.backend if fullest else self.backend.lesser or self.backend
         options: dict[str, Any] | None = None
-        if jax.devices()[0].platform == "gpu" and shape.tokens > TUNED_TOKENS:
-            options = NO_TRITON if fullest else UNTUNED
+        few = 2 * TUNED_TOKENS if shape.drafts else TUNED_TOKENS
+        if jax.devices()[0].platform == "gpu" and shape.tokens > few:
+            options = NO_TRITON if fullest or shape.tokens == UNLUCKY_TOKENS else UNTUNED
         flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-        arguments = self.model, backend, self.page_size, shape, self._abstract_params, state, flat
+        arguments = model, backend, self.page_size, shape, self._abstract(model), state, flat
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
             if shape.drafts:
-                lowered = self._speculating_step.lower(self.drafter, *arguments)
+                lowered = self._speculating_step.lower(drafter, *arguments)
             else:
-                lowered = self._step.lower(*arguments, self.drafter)
+                lowered = self._step.lower(*arguments, drafter)
         return lowered.compile(options)
 
     def _compile_all(
@@ -197,7 +213,7 @@ class Runner:
             if loading.done():
                 loading.result()
             name = f"{shape.rows}x{shape.tokens}{'-plain' * shape.plain}-{shape.drafts}-drafts-{num_pages}-pages"
-            return shape, self._cache.get(name, lambda: self._compile(shape, state))
+            return shape, self._cache.get(name, lambda: self._compile(shape, state, self.model, self.drafter))
 
         slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
         with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
@@ -234,7 +250,7 @@ class Runner:
 
         def compiled(shape: StepShape) -> Any:
             flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-            arguments = draft, backend, self.page_size, shape, self._abstract_params, self.state, flat
+            arguments = draft, backend, self.page_size, shape, self._abstract(self.model), self.state, flat
             name = f"fill-{shape.rows}x{shape.tokens}-{self.num_pages}-pages"
             return self._cache.get(name, lambda: fill.lower(*arguments).compile())
 
@@ -297,8 +313,8 @@ class Runner:
             self._fill_drafts(plan.fills)
         flat = self.builder.build(plan, shape)
         self.state, output = self.executables[shape](self.params, self.state, flat)
-        output.sampled.token.copy_to_host_async()
-        jax.tree.map(lambda array: array.copy_to_host_async(), output.runs)
+        for part in jax.tree.leaves((output.sampled, output.runs)):
+            part.copy_to_host_async()
         return Launched(plan, output)
 
     def collect(self, launched: Launched) -> list[list[int]]:

@@ -1,13 +1,15 @@
 """From logits to tokens, inside the jitted step: logit edits, penalties, truncation, Gumbel-max, logprobs.
 
 Everything is one executable. What no row of a batch asks for is skipped by `lax.cond` on a scalar, so that a greedy
-batch pays for an argmax and no more. Meanings and order are vLLM's.
+batch pays for an argmax and no more; on a GPU, whose host waits for each condition, steps are plain or do it all.
+Meanings and order are vLLM's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from flax import struct
 from jax import Array, lax
 
 from engine.request import MAX_BAD_WORD_TOKENS
+from kernels.cuda.draw import keep_or_redraw
 
 # Bits of SamplingInput.flags.
 ACTIVE = 1  # the row samples at all
@@ -24,6 +27,7 @@ USES_BAD_WORDS = 4  # its slot has bad words
 WANTS_LOGPROBS = 8
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy
+TOP_CHUNK = 64  # tokens whose maximum stands for them where the most likely tokens are looked for
 _COUNT_CHUNK = 1024  # tokens of each sequence that one pass of the penalties counts
 
 
@@ -80,31 +84,46 @@ def sample(
 
     logits: f32[R, V]. A row's token depends on its own logits, parameters, seed and position alone: not on where in
     which batch it is. Random rows take the argmax of filtered logits + Gumbel noise, which draws from their softmax.
-    `plain`: every row's request `is_plain`; what that rules out is not even compiled, and neither is a `lax.cond`.
+    `plain`: every row's request `is_plain`; what that rules out is not even compiled.
     """
     active = _has(inp, ACTIVE)
     edited = logits if plain else edited_logits(logits, inp, tables)
-    best = jnp.max(edited, axis=1, keepdims=True)
-
-    def draw() -> Array:
-        noise = gumbel(inp.seed, inp.position, logits.shape[1])
-        scores = _scaled(edited, inp) if plain else filtered_logits(edited, inp)
-        scores = scores + jnp.where(_is_random(inp)[:, None], noise, 0.0)
-        return _first_index(scores == jnp.max(scores, axis=1, keepdims=True))
-
-    token = draw() if plain else lax.cond(jnp.any(_is_random(inp)), draw, lambda: _first_index(edited == best))
+    best = jnp.max(edited, axis=1)
     # XLA's maximum may drop a NaN, so the raw logits are looked at one by one.
-    sound = jnp.all(logits < jnp.inf, axis=1) & jnp.isfinite(best[:, 0])
+    sound = jnp.all(logits < jnp.inf, axis=1) & jnp.isfinite(best)
+    token = lax.platform_dependent(edited, best, sound, inp, cuda=_draw_and_check, default=_draw)
     if plain:
         return SampleOutput(jnp.where(active & sound, token, -1), None, None, None, None)
 
-    def no_logprobs() -> tuple[Array, Array, Array, Array]:
-        one, top = logits.shape[:1], (logits.shape[0], num_logprobs)
-        return jnp.zeros(one), jnp.zeros(one, jnp.int32), jnp.zeros(top, jnp.int32), jnp.zeros(top)
-
     wanted = jnp.any(active & _has(inp, WANTS_LOGPROBS))
-    logprobs = lax.cond(wanted, lambda: raw_logprobs(logits, token, num_logprobs), no_logprobs)
+    compute = lambda logits, token: raw_logprobs(logits, token, num_logprobs)
+    nothing = lambda logits, token: jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, logits, token)
+    )
+    where_wanted = lambda logits, token: lax.cond(wanted, compute, nothing, logits, token)
+    logprobs = lax.platform_dependent(logits, token, cuda=compute, default=where_wanted)
     return SampleOutput(jnp.where(active & sound, token, -1), *logprobs)
+
+
+def _draw(edited: Array, best: Array, sound: Array, inp: SamplingInput) -> Array:
+    """-> i32[R]: a token of each row, from edited f32[R, V] and its maximum f32[R]."""
+    score = lambda: filtered_logits(edited, inp) + _noise(inp, edited.shape[1])
+    choose = lambda: _first_highest(score())
+    return lax.cond(jnp.any(_is_random(inp)), choose, lambda: _first_index(edited == best[:, None]))
+
+
+def _draw_and_check(edited: Array, best: Array, sound: Array, inp: SamplingInput) -> Array:
+    """As `_draw`, for a GPU, whose host would have to wait for every condition: drawn from all tokens first."""
+    token = _first_highest(_scaled(edited, inp) + _noise(inp, edited.shape[1]))
+    temperature = jnp.where(_is_random(inp), inp.temperature, 1.0)
+    keys = _noise_keys(inp.seed, inp.position)
+    return keep_or_redraw(
+        edited, token, best, temperature, inp.top_k, inp.top_p, inp.min_p, keys, _is_cut(inp) & sound, noise=_gumbel
+    )
+
+
+def _noise(inp: SamplingInput, vocab_size: int) -> Array:
+    return jnp.where(_is_random(inp)[:, None], gumbel(inp.seed, inp.position, vocab_size), 0.0)
 
 
 def edited_logits(logits: Array, inp: SamplingInput, tables: SlotTables) -> Array:
@@ -114,17 +133,24 @@ def edited_logits(logits: Array, inp: SamplingInput, tables: SlotTables) -> Arra
     steps = (
         (_apply_edits, active & _has(inp, USES_EDITS)),
         (_ban_bad_words, active & _has(inp, USES_BAD_WORDS)),
-        (_penalise, active & penalised),
+        (partial(_penalise, chunk=_COUNT_CHUNK), active & penalised),
     )
 
-    def apply_all(logits: Array) -> Array:
+    def where_wanted(logits: Array) -> Array:
         for step, rows in steps:
             apply = lambda x, step=step, rows=rows: step(x, rows, inp, tables)
             logits = lax.cond(jnp.any(rows), apply, lambda x: x, logits)
         return logits
 
-    wanted = steps[0][1] | steps[1][1] | steps[2][1]
-    return lax.cond(jnp.any(wanted), apply_all, lambda x: x, logits)
+    def default(logits: Array) -> Array:
+        wanted = steps[0][1] | steps[1][1] | steps[2][1]
+        return lax.cond(jnp.any(wanted), where_wanted, lambda x: x, logits)
+
+    def cuda(logits: Array) -> Array:  # without conditions and loops of unknown length: the host would wait for each
+        logits = _ban_bad_words(_apply_edits(logits, steps[0][1], inp, tables), steps[1][1], inp, tables)
+        return _penalise(logits, steps[2][1], inp, tables, chunk=tables.tokens.shape[1])
+
+    return lax.platform_dependent(logits, cuda=cuda, default=default)
 
 
 def filtered_logits(edited: Array, inp: SamplingInput) -> Array:
@@ -134,7 +160,7 @@ def filtered_logits(edited: Array, inp: SamplingInput) -> Array:
     float32 precise where it matters. Greedy rows are shifted only.
     """
     scaled = _scaled(edited, inp)
-    cut = _is_random(inp) & ((inp.top_k > 0) | (inp.top_p < 1) | (inp.min_p > 0))
+    cut = _is_cut(inp)
     return lax.cond(jnp.any(cut), lambda x: _truncate(x, cut, inp), lambda x: x, scaled)
 
 
@@ -150,8 +176,24 @@ def raw_logprobs(logits: Array, token: Array, num_logprobs: int) -> tuple[Array,
     logprobs = logits - log_sum
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
     rank = 1 + jnp.sum(logprobs > chosen, axis=1, dtype=jnp.int32)
-    top, top_ids = lax.top_k(logits, num_logprobs)
+    top, top_ids = _top_k(logits, num_logprobs)
     return chosen[:, 0], rank, top_ids, top - log_sum
+
+
+def _top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """As lax.top_k, x f32[R, V], without sorting rows: the k largest lie in the k chunks with the largest maxima.
+
+    So do the first of equal ones: a chunk that comes later for its maximum is behind k tokens as large, each earlier.
+    """
+    rows, columns = x.shape
+    if columns <= 4 * k * TOP_CHUNK:
+        return lax.top_k(x, k)
+    chunks = jnp.pad(x, ((0, 0), (0, -columns % TOP_CHUNK)), constant_values=-jnp.inf).reshape(rows, -1, TOP_CHUNK)
+    _, best = lax.top_k(jnp.max(chunks, axis=2), k)
+    best = jnp.sort(best, axis=1)  # then candidates are in the order of their columns
+    candidates = jnp.take_along_axis(chunks, best[:, :, None], axis=1).reshape(rows, -1)
+    top, at = lax.top_k(candidates, k)
+    return top, jnp.take_along_axis(best, at // TOP_CHUNK, axis=1) * TOP_CHUNK + at % TOP_CHUNK
 
 
 def prompt_logprobs(
@@ -183,9 +225,18 @@ def gumbel(seed: Array, position: Array, vocab_size: int) -> Array:
     A threefry key is made from seed and position; a token's bits are its id, mixed with one half of the key after
     the other. That is a fifth of the work of threefry for each token, and tests find nothing but noise in it.
     """
+    first, second = jnp.split(_noise_keys(seed, position), 2, axis=1)
+    return _gumbel(first, second, lax.broadcasted_iota(jnp.uint32, (seed.shape[0], vocab_size), 1))
+
+
+def _noise_keys(seed: Array, position: Array) -> Array:
+    """-> u32[R, 2], from seed u32[R, 2] and position i32[R]."""
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-    first, second = jnp.split(jax.random.key_data(keys), 2, axis=1)
-    token = lax.broadcasted_iota(jnp.uint32, (seed.shape[0], vocab_size), 1)
+    return jax.random.key_data(keys)
+
+
+def _gumbel(first: Array, second: Array, token: Array) -> Array:
+    """-> f32 like token, u32; the halves of a key, u32, broadcast to it."""
     bits = _mix(_mix(token ^ first) + second)
     # The smallest exponentials win, so uniforms are finest near 0: multiples of 2^-32, at its middle, never 0 or 1.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
@@ -206,6 +257,14 @@ def _has(inp: SamplingInput, flag: int) -> Array:
 
 def _is_random(inp: SamplingInput) -> Array:
     return _has(inp, ACTIVE) & (inp.temperature >= GREEDY_BELOW)
+
+
+def _is_cut(inp: SamplingInput) -> Array:
+    return _is_random(inp) & ((inp.top_k > 0) | (inp.top_p < 1) | (inp.min_p > 0))
+
+
+def _first_highest(scores: Array) -> Array:
+    return _first_index(scores == jnp.max(scores, axis=1, keepdims=True))
 
 
 def _first_index(mask: Array) -> Array:
@@ -241,11 +300,11 @@ def _ban_bad_words(logits: Array, on: Array, inp: SamplingInput, tables: SlotTab
     return logits.at[_row_ids(ids), ids].set(-jnp.inf, mode="drop")
 
 
-def _penalise(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables) -> Array:
+def _penalise(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables, *, chunk: int) -> Array:
     vocab_size, max_len = logits.shape[1], tables.tokens.shape[1]
-    chunk = min(_COUNT_CHUNK, max_len)
+    chunk = min(chunk, max_len)
 
-    def count(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def count(i: Array | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         seen, outputs = carry
         columns = (i * chunk + jnp.arange(chunk))[None]
         tokens = tables.tokens[inp.slot[:, None], jnp.minimum(columns, max_len - 1)]
@@ -254,10 +313,12 @@ def _penalise(logits: Array, on: Array, inp: SamplingInput, tables: SlotTables) 
         rows = _row_ids(tokens)
         return seen.at[rows, tokens].set(True, mode="drop"), outputs.at[rows, sampled].add(1.0, mode="drop")
 
-    # As many passes as the longest sequence concerned needs, however long one may become.
-    longest = jnp.max(jnp.where(on, inp.position, 0))
     none = jnp.zeros(logits.shape, bool), jnp.zeros(logits.shape, jnp.float32)
-    seen, outputs = lax.fori_loop(0, (longest + chunk - 1) // chunk, count, none)
+    if chunk == max_len:
+        seen, outputs = count(0, none)
+    else:  # as many passes as the longest sequence concerned needs, however long one may become
+        longest = jnp.max(jnp.where(on, inp.position, 0))
+        seen, outputs = lax.fori_loop(0, (longest + chunk - 1) // chunk, count, none)
 
     repetition = inp.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)

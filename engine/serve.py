@@ -8,48 +8,38 @@ from typing import Any
 
 from absl import app, flags
 
+from engine.command_line import normalize
 from engine.config import config_from_flags, define_flags
 from engine.server import ServerOptions, run
 from engine.server.tool_calls import PARSERS
 
 FLAGS = flags.FLAGS
 
-define_flags()
-flags.DEFINE_string("host", "0.0.0.0", "Address to listen on.")
-flags.DEFINE_integer("port", 8000, "Port to listen on; 0 takes a free one.")
-flags.DEFINE_multi_string("api_key", [], "Ask every client for this key; repeat the flag for several.")
-flags.DEFINE_multi_string("served_model_name", [], "Name of the model in requests; default: the value of --model.")
-flags.DEFINE_integer("max_queue", 1024, "Completions that may wait beyond --max-num-seqs; more are told 429.")
-flags.DEFINE_integer("max_queue_tokens", 1 << 22, "Prompt tokens that may wait; more are told 429.")
-flags.DEFINE_enum(
-    "tool_call_parser", None, list(PARSERS), "How the model writes tool calls; without it they stay text."
-)
-flags.DEFINE_float("shutdown_timeout", 20.0, "Seconds that running requests get after SIGTERM.")
-flags.DEFINE_integer("timeout_keep_alive", 5, "Seconds for which an idle connection is kept.")
-flags.DEFINE_integer("max_connections", 4096, "Open connections; more are told 503, or cut.")
-flags.DEFINE_enum(
-    "uvicorn_log_level", "info", ["critical", "error", "warning", "info", "debug"], "Log level of the HTTP server."
-)
+PURPOSE = "the HTTP server with OpenAI's interface"
+_LEVELS = ["critical", "error", "warning", "info", "debug"]
 _SERVER_FLAGS = (
     "host", "port", "max_queue", "max_queue_tokens", "shutdown_timeout", "timeout_keep_alive", "max_connections",
     "uvicorn_log_level", "tool_call_parser",
 )  # fmt: skip
 
 
-def normalize(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
-    """-> argv with --max-num-seqs as --max_num_seqs, and --no-enable-x as absl's --noenable_x."""
-    normal = []
-    for i, argument in enumerate(argv):
-        if argument == "--":
-            return [*normal, *argv[i:]]
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            name = name.replace("-", "_")
-            if name.startswith("no_") and name not in values and name[3:] in values:
-                name = "no" + name[3:]
-            argument = f"--{name}{equals}{value}"
-        normal.append(argument)
-    return normal
+def define(values: flags.FlagValues) -> None:
+    """Define the engine's flags and the server's."""
+    define_flags(values)
+    string, integer, strings = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_multi_string
+    at: Any = {"flag_values": values}
+    string("host", "0.0.0.0", "Address to listen on.", **at)
+    integer("port", 8000, "Port to listen on; 0 takes a free one.", **at)
+    strings("api_key", [], "Ask every client for this key; repeat the flag for several.", **at)
+    strings("served_model_name", [], "Name of the model in requests; default: the value of --model.", **at)
+    integer("max_queue", 1024, "Completions that may wait beyond --max-num-seqs; more are told 429.", **at)
+    integer("max_queue_tokens", 1 << 22, "Prompt tokens that may wait; more are told 429.", **at)
+    text = "How the model writes tool calls; without it they stay text."
+    flags.DEFINE_enum("tool_call_parser", None, list(PARSERS), text, **at)
+    flags.DEFINE_float("shutdown_timeout", 20.0, "Seconds that running requests get after SIGTERM.", **at)
+    integer("timeout_keep_alive", 5, "Seconds for which an idle connection is kept.", **at)
+    integer("max_connections", 4096, "Open connections; more are told 503, or cut.", **at)
+    flags.DEFINE_enum("uvicorn_log_level", "info", _LEVELS, "Log level of the HTTP server.", **at)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -75,4 +65,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, argv=normalize(sys.argv))
+    define(FLAGS)
+    app.run(main, argv=normalize(sys.argv, FLAGS))

@@ -38,11 +38,9 @@ def request_flags(request: Request) -> int:
 
 
 def is_plain(request: Request) -> bool:
-    """-> whether the request asks for no more of the sampler than a temperature: what `sample(plain=True)` does."""
+    """-> whether the request wants neither logprobs nor its logits edited: what `sample(plain=True)` can do."""
     params = request.params
-    cut = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-    logprobs = params.logprobs is not None or params.prompt_logprobs is not None
-    return not (cut or logprobs or needs_slot_row(request))
+    return params.logprobs is None and params.prompt_logprobs is None and not needs_slot_row(request)
 
 
 def needs_slot_row(request: Request) -> bool:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,13 +15,15 @@ import jax
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.memory import limit_gpu_pool
-from engine.models.params import Params, random_params
+from engine.models.narrow import abstract_narrow, describe, random_narrow
+from engine.models.params import Params
 from engine.runner import Runner
 from engine.speculation.checkpoint import open_draft
 from engine.speculative_config import read_speculative_config
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
-from engine.weights.load import load_params, open_checkpoint, read_config
+from engine.weights.load import load_params, open_checkpoint, quantization_of, read_config
+from engine.weights.quantization import choose_quantization
 
 
 def print_report(line: str) -> None:
@@ -36,7 +39,8 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
     path = locate(config.model, config.revision, weights=not dummy)
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
     model = checkpoint.config if checkpoint else read_config(path)
-    resolved = config.resolve(model_max_len=model.max_model_len, platform=jax.devices()[0].platform)
+    platform = jax.devices()[0].platform
+    resolved = config.resolve(model_max_len=model.max_model_len, platform=platform)
     model = replace(model, max_model_len=resolved.max_model_len)  # some rope scalings ask how long a sequence may get
     tokenizer = None
     if not config.skip_tokenizer_init and (config.tokenizer or not dummy):
@@ -52,19 +56,25 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
         spec = read_speculative_config(config.speculative_config)
         draft = open_draft(spec, model, checkpoint, dummy=dummy)
         drafter = draft.drafter
+    if checkpoint is None or dummy:
+        quantization = choose_quantization(config.quantization, None, (), {}, model, platform, resolved.dtype)
+    else:
+        quantization = quantization_of(checkpoint, config.quantization, platform, resolved.dtype)
 
     def load() -> Params:
         began = time.perf_counter()
         if checkpoint is None or dummy:
-            params = random_params(model, resolved.dtype, config.seed)
+            params = random_narrow(model, resolved.dtype, config.seed, quantization.plan)
         else:
-            params = load_params(checkpoint, resolved.dtype)
+            params = load_params(checkpoint, resolved.dtype, quantization=quantization)
         if draft is not None and draft.load is not None:
             params = params | {"draft": draft.load(resolved.dtype, config.seed)}
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
+        report(f"weights: quantization {quantization.name}: {describe(params)}")
         return params
 
-    runner = Runner(config, resolved, model, load, report, cache, drafter)
+    abstract = partial(abstract_narrow, dtype=resolved.dtype, plan=quantization.plan)
+    runner = Runner(config, resolved, model, load, report, cache, abstract, drafter)
     return EngineCore(config, resolved, model, tokenizer, runner)
 
 

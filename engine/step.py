@@ -50,7 +50,7 @@ class StepOutput:
     """What the host may read of a step. Rows are the plan's, then padding."""
 
     sampled: SampleOutput  # S rows
-    prompt: PromptLogprobs | None  # zeros unless a row asked, None in a plain step
+    prompt: PromptLogprobs | None  # zeros unless a row asked; None where the shape has none
     runs: Runs | None = None  # which of the sampled tokens, in a step that verified drafts
 
 
@@ -108,7 +108,7 @@ def step(
     state = replace(
         state, kv_caches=kv_caches, page_table=page_table, tables=replace(tables, tokens=history), lengths=lengths
     )
-    if shape.plain:
+    if not shape.has_prompt_logprobs:
         return state, StepOutput(out, None)
 
     def prompt(hidden: Array) -> PromptLogprobs:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.request import Request
-from engine.scheduler import StepPlan
+from engine.scheduler import Row, StepPlan
 from engine.slots import is_plain, request_flags
 
 # A request's constants, by slot: int32, floats as their bits.
@@ -30,7 +30,7 @@ TABLE_ROWS = 8  # rows of page tables in one launch of their own; more take seve
 class StepShape(NamedTuple):
     """Rows and tokens (S and T of a RaggedBatch) that one executable is made for.
 
-    `plain`: no row asks for more of the sampler than a temperature (`slots.is_plain`), and the rest is left out.
+    `plain`: no row wants logprobs or edited logits (`slots.is_plain`), and the step leaves both out.
     `drafts`: how many a row may have, in a step that verifies drafts and in which each row has one token besides.
     `follows`: the device knows better than the host how long sequences are, as wherever there are drafts in flight.
     """
@@ -40,6 +40,11 @@ class StepShape(NamedTuple):
     plain: bool = False
     drafts: int = 0
     follows: bool = False
+
+    @property
+    def has_prompt_logprobs(self) -> bool:
+        """Whether the step computes them for prompts that ask: mixed steps do."""
+        return not self.plain and not self.drafts and self.tokens > self.rows
 
 
 def step_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
@@ -94,7 +99,7 @@ def _powers(low: int, high: int) -> list[int]:
 def choose_shape(shapes: Sequence[StepShape], plan: StepPlan, plain: bool = False) -> StepShape:
     """-> the smallest bucket that the plan fits: fewest tokens, then fewest rows. `plain`: whether all its rows are."""
     rows, tokens = len(plan.rows), plan.num_tokens + sum(row.drafts for row in plan.rows)
-    decodes = plan.num_tokens == rows
+    decodes = plan.num_tokens == rows and not any(map(_wants_prompt_logprobs, plan.rows))
     fits = lambda s: s.rows >= rows and s.tokens >= tokens and (decodes or s.tokens > s.rows)
     fitting = [s for s in shapes if fits(s) and (plain or not s.plain) and (s.drafts > 0) == plan.speculates]
     return min(fitting, key=lambda s: (s.tokens, s.rows, not s.plain))
@@ -106,7 +111,7 @@ def layout(shape: StepShape) -> dict[str, tuple[slice, tuple[int, ...]]]:
     S, T, K = shape.rows, shape.tokens, shape.drafts
     every = ("slots", "row_flags", "new_page_at", "new_page", *(("limits",) if shape.follows else ()))
     constants = {"cu_q_lens": (S + 1,), "constants": (len(SLOT_FIELDS), S), **dict.fromkeys(every, (S,))}
-    asked = () if shape.plain else ("next_tokens",)
+    asked = ("next_tokens",) if shape.has_prompt_logprobs else ()
     sizes: dict[str, tuple[int, ...]] = {
         "num_rows": (), "num_decodes": (), "wants_prompt_logprobs": (),
         **dict.fromkeys(("tokens", "positions", "token_slots", *asked), (T,)),
@@ -126,6 +131,11 @@ def unpack(flat: Any, shape: StepShape) -> dict[str, Any]:
 
 def flat_size(shape: StepShape) -> int:
     return max(where.stop for where, _ in layout(shape).values())
+
+
+def _wants_prompt_logprobs(row: Row) -> bool:
+    request = row.request
+    return request.params.prompt_logprobs is not None and row.start < request.num_prompt_tokens - 1
 
 
 def slot_constants(request: Request) -> list[int]:
@@ -204,7 +214,7 @@ class BatchBuilder:
         parts["token_slots"][:total] = slots[row_of]
         parts["positions"][:total] = np.arange(total, dtype=np.int32) - (ends - counts - starts)[row_of]
         parts["tokens"][:total] = self._tokens(plan)
-        if not shape.plain and any(row.request.params.prompt_logprobs is not None for row in plan.rows):
+        if shape.has_prompt_logprobs:
             self._fill_prompt_logprobs(parts, plan)
         return flat
 
@@ -239,7 +249,7 @@ class BatchBuilder:
         at, found = 0, False
         for row in plan.rows:
             request = row.request
-            if request.params.prompt_logprobs is not None and row.start < request.num_prompt_tokens - 1:
+            if _wants_prompt_logprobs(row):
                 end = min(row.start + row.count, request.num_prompt_tokens - 1)
                 parts["next_tokens"][at : at + end - row.start] = request.token_ids[row.start + 1 : end + 1]
                 found = True

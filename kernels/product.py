@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
+from kernels import cpu
+from kernels.cuda import product as cuda
+from kernels.pallas import product as pallas
+from kernels.quantized import Joined, QuantizedTensor, Weight, dequantize, quantize_activations
+
+CPU_BLOCK = 1024  # outputs
 
 
-def product(x: Array, weight: Array | QuantizedTensor) -> Array:
+def product(x: Array, weight: Weight) -> Array:
     """x [T, *in], weight [*in, *out] as the model sees it -> [T, *out] in x's dtype.
 
     A plain product is over one axis: over several it may copy the weight, and axes merged here could not be split
     over a mesh.
     """
+    if isinstance(weight, Joined):
+        return jnp.concatenate([product(x, piece) for piece in weight.pieces], axis=1 + weight.axis)
     flat = x.reshape(x.shape[0], -1)
     if isinstance(weight, QuantizedTensor):
         y = matrix_product(flat, as_matrix(weight), x.dtype)
@@ -48,7 +56,26 @@ def as_matrix(weight: QuantizedTensor) -> QuantizedTensor:
 
 def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
     """x [T, K], weight [N, K] -> [T, N] in `dtype`, by what the platform has for the weight's format."""
-    return reference(x, weight, dtype)
+    plain = partial(reference, dtype=dtype)
+    on_cpu = partial(cpu.few_tokens if cpu.supports(x.shape[0], weight) else _in_blocks, dtype=dtype)
+    on_cuda = partial(cuda.matrix_product, dtype=dtype)
+    on_tpu = partial(pallas.matrix_product, dtype=dtype) if pallas.supports(weight) is None else plain
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, cuda=on_cuda, tpu=on_tpu, default=plain)
+
+
+def _in_blocks(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
+    """As `reference`, for some outputs at a time: what is unpacked of the weight stays in a processor's cache."""
+    outputs = weight.outputs[0]
+    block = max(size for size in range(1, CPU_BLOCK + 1) if outputs % size == 0)
+    if weight.layout.rows > 1 or block in (1, outputs):
+        return reference(x, weight, dtype)
+    blocks = jax.tree.map(lambda part: part.reshape(-1, block, part.shape[1]), weight)
+
+    def turn(i: Array, out: Array) -> Array:
+        own = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, i, keepdims=False), blocks)
+        return jax.lax.dynamic_update_slice(out, reference(x, own, dtype), (0, i * block))
+
+    return jax.lax.fori_loop(0, outputs // block, turn, jnp.zeros((x.shape[0], outputs), dtype))
 
 
 def reference(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:

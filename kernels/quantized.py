@@ -86,6 +86,17 @@ class QuantizedTensor:
         return self.values.shape[:-1]
 
 
+@struct.dataclass
+class Joined:
+    """A weight in pieces along an axis of its outputs, each quantized in its own way, or plain."""
+
+    axis: int = struct.field(pytree_node=False)
+    pieces: tuple[Array | QuantizedTensor, ...]
+
+
+Weight = Array | QuantizedTensor | Joined
+
+
 def split_of(inputs: int) -> int:
     """-> the split for K inputs: 128 where 256 divides K, else the largest power of two that fits."""
     return math.gcd(SPLIT, inputs // 2)
@@ -114,40 +125,39 @@ def dequantize(weight: QuantizedTensor, dtype: jnp.dtype | str) -> Array:
     layout, values = weight.layout, weight.values
     if layout.packing == 2:
         values = unpack(values, layout.split)
+    if weight.high is not None:
+        values = values | unpack(weight.high, layout.split, bits=2) << jnp.uint8(4)
+    # Groups stay an axis of their own up to the end: XLA makes poor loops of scales that are repeated before.
+    values = values.reshape(*values.shape[:-1], -1, layout.group or values.shape[-1])
     if layout.format == "mxfp4":
         w = jnp.asarray(E2M1, jnp.float32)[values]
         # As bits: the CPU's exp2 is not exact. A scale of 0, 2 ** -127, is no normal float32, and so no number here.
         scales = jax.lax.bitcast_convert_type(weight.scales.astype(jnp.uint32) << 23, jnp.float32)
     else:
-        if weight.high is not None:
-            values = values | unpack(weight.high, layout.split, bits=2) << jnp.uint8(4)
         w = values.astype(jnp.float32)
         if layout.format == "q6_k":
             w = w - 32
         elif weight.zeros is not None:
-            w = w - _spread(weight.zeros, w, 1)
+            w = w - weight.zeros[..., None].astype(jnp.float32)
         elif layout.format == "int4" and weight.minima is None:
             w = w - 8
-        scales = _superscaled(weight.scales, weight.super_scales)
-    w = w * _spread(scales, w, layout.rows)
+        scales = superscaled(weight.scales, weight.super_scales)
+    if layout.rows > 1:
+        scales = jnp.repeat(scales, layout.rows, axis=-2, total_repeat_length=values.shape[-3])
+    w = w * scales[..., None]
     if weight.minima is not None:
-        minima = _superscaled(weight.minima, weight.super_minima)
-        w = w - _spread(minima, w, 1) if layout.format == "q4_k" else w + _spread(minima, w, 1)
-    return w.astype(dtype)
+        minima = superscaled(weight.minima, weight.super_minima)[..., None]
+        w = w - minima if layout.format == "q4_k" else w + minima
+    return w.reshape(*w.shape[:-2], -1).astype(dtype)
 
 
-def _superscaled(x: Array, factors: Array | None) -> Array:
-    """-> x [..., n], times its superblock's factor, in float32."""
+def superscaled(x: Array, factors: Array | None) -> Array:
+    """x [..., n] -> x in float32, times its superblock's factor [..., n / 8 or n / 16] if there are any."""
     x = x.astype(jnp.float32)
-    return x if factors is None else x * _spread(factors, x, 1)
-
-
-def _spread(x: Array, like: Array, rows: int) -> Array:
-    """x [..., out / rows, n] -> [..., out, K] in float32: each entry for its `rows` x (K / n) places of `like`."""
-    x = x.astype(jnp.float32)
-    if rows > 1:
-        x = jnp.repeat(x, rows, axis=-2, total_repeat_length=like.shape[-2])
-    return jnp.repeat(x, like.shape[-1] // x.shape[-1], axis=-1, total_repeat_length=like.shape[-1])
+    if factors is None:
+        return x
+    blocks = x.reshape(*factors.shape, -1) * factors[..., None].astype(jnp.float32)
+    return blocks.reshape(x.shape)
 
 
 # From wide numbers

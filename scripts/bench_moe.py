@@ -32,10 +32,15 @@ from kernels.cuda import grouped as cuda
 SWEEP = tuple(itertools.product((16, 64, 128), (64, 128), (64, 128), (4, 8), (2, 3, 4)))  # cuda.Tile's fields
 
 
+def routed(x: Array, p: Params, spec: MoeSpec) -> tuple[Array, Array]:
+    """-> weights and experts of each token, by a product in full float32 as the engine's own: TF32 chooses others."""
+    return route(jnp.matmul(x.astype(jnp.float32), p["router"], precision=jax.lax.Precision.HIGHEST), spec)
+
+
 def dense_loop(x: Array, p: Params, spec: MoeSpec, activation: str) -> Array:
     """x [T, D] -> [T, D]: every token through every expert, weighted, most of them by zero."""
     tokens, hidden = x.shape
-    chosen, experts = route(jnp.matmul(x.astype(jnp.float32), p["router"]), spec)
+    chosen, experts = routed(x, p, spec)
     weights = jnp.zeros((tokens, spec.num_experts)).at[jnp.arange(tokens)[:, None], experts].set(chosen)
 
     def one(expert: Array, out: Array) -> Array:
@@ -49,7 +54,7 @@ def dense_loop(x: Array, p: Params, spec: MoeSpec, activation: str) -> Array:
 def ragged(x: Array, p: Params, spec: MoeSpec, activation: str) -> Array:
     """x [T, D] -> [T, D]: sorted by expert as ours, multiplied by what XLA makes of ragged_dot."""
     tokens, hidden = x.shape
-    weights, experts = route(jnp.matmul(x.astype(jnp.float32), p["router"]), spec)
+    weights, experts = routed(x, p, spec)
     order = jnp.argsort(experts.reshape(-1))
     sizes = jnp.bincount(experts.reshape(-1), length=spec.num_experts).astype(jnp.int32)
     gate_up = p["experts_gate_up"].reshape(spec.num_experts, hidden, -1)
@@ -98,7 +103,7 @@ def main() -> None:
         dense: Callable[..., Array] = jax.jit(lambda x, p: dense_loop(x, p, spec, "silu"))
         error = _error(ours(x, p, valid), dense(x, p))
         time, slow = seconds(ours, x, p, valid), seconds(dense, x, p)
-        _, experts = route(jnp.matmul(x.astype(jnp.float32), p["router"]), spec)
+        _, experts = routed(x, p, spec)
         read = len(np.unique(np.asarray(experts))) * 3 * hidden * size * jnp.dtype(dtype).itemsize
         flops = tokens * spec.top_k * 6 * hidden * size
         figures = dict(
@@ -126,7 +131,7 @@ def _error(ours: Array, dense: Array) -> float:
 
 def sweep(x: Array, p: Params, spec: MoeSpec) -> None:
     """Print the five fastest tiles of each of the two products."""
-    _, experts = route(jnp.matmul(x.astype(jnp.float32), p["router"]), spec)
+    _, experts = routed(x, p, spec)
     flat = experts.reshape(-1)
     order, sizes = jnp.argsort(flat), jnp.bincount(flat, length=spec.num_experts).astype(jnp.int32)
     wide = p["experts_gate_up"].reshape(spec.num_experts, x.shape[1], -1)

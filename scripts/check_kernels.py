@@ -1,6 +1,6 @@
 """An accelerator's attention kernels against the dense reference, on the device itself, over the tests' cases.
 
-    python scripts/check_kernels.py [--backend auto] [--few] [--out check.json]
+    python scripts/check_kernels.py [--backend auto] [--few] [--only NAME,NAME] [--out check.json]
 
 Prints each case's relative error (largest difference over the largest value); exit code 1 if one is over its limit.
 """
@@ -49,8 +49,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
     parser.add_argument("--few", action="store_true", help="the tests' cases alone, in bfloat16")
+    parser.add_argument("--only", help="names of cases, with commas between them and _ for what is a comma in them")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    names = options.only and set(options.only.split(","))
     platform, results = jax.devices()[0].platform, []
 
     def check(item: tuple[Case, str]) -> dict[str, Any]:
@@ -64,7 +66,8 @@ def main() -> None:
         return {"case": case.name, "dtype": dtype, "backend": backend.name, "relative_error": error}
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # most of the time goes to compiling
-        for result in pool.map(check, cases(options.few)):
+        chosen = [item for item in cases(options.few) if not names or item[0].name.replace(",", "_") in names]
+        for result in pool.map(check, chosen):
             results.append(result)
             print("  ".join(f"{v:.1e}" if isinstance(v, float) else f"{v:9}" for v in result.values()), flush=True)
     failures = sum(not r["relative_error"] < LIMITS[r["dtype"]] for r in results if "relative_error" in r)

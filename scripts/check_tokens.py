@@ -17,9 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_offline import SHAPES
-
 from engine import LLM, RequestOutput, SamplingParams
+from engine.bench.shapes import SHAPES
 from engine.config import make_config
 from engine.memory import limit_gpu_pool
 

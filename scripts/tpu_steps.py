@@ -18,9 +18,9 @@ prepare()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from bench_offline import SHAPES  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
+from engine.bench.shapes import SHAPES  # noqa: E402
 from engine.models.params import map_specs, param_specs  # noqa: E402
 from engine.models.read import from_hugging_face  # noqa: E402
 from engine.models.transformer import attention_spec  # noqa: E402
@@ -68,6 +68,15 @@ def moved_operands(text: str) -> dict[str, str]:
     return found
 
 
+def moved_weights(text: str) -> list[str]:
+    """-> the operations of the compiled text that put a weight into HBM once more, maybe with its axes reordered."""
+    entry = text[text.index("\nENTRY") :]
+    kind = lambda dtype, shape: (dtype, *sorted(shape.split(",")))
+    weights = {kind(*found) for found in re.findall(r"%params\S* = (\w+)\[(\d+,[\d,]+)\]", entry)}
+    moves = re.findall(r"%([\w.-]+) = (\w+)\[([\d,]+)\](\S*) (?:copy|fusion|reshape|transpose)\(", entry)
+    return [name for name, dtype, shape, layout in moves if kind(dtype, shape) in weights and "S(1)" not in layout]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
@@ -87,6 +96,7 @@ def main() -> None:
         row = dict(
             compile_s=round(seconds, 1), temporaries_mib=round(memory.temp_size_in_bytes / 2**20, 1),
             aliased_mib=round(memory.alias_size_in_bytes / 2**20, 1), moved_for_attention=moved_operands(text),
+            moved_weights=moved_weights(text),
         )  # fmt: skip
         devices = f"TP {options.tensor_parallel}, " if options.tensor_parallel > 1 else ""
         title = f"{options.generation} {options.shape} {options.layers} layers, {devices}{name}"

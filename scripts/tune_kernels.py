@@ -1,103 +1,168 @@
-"""Find block sizes of the TPU attention kernel: by static schedule without a TPU, by time on one.
+"""Find the kernel and block sizes that are best for products with quantized weights, on all GPUs of this machine.
 
-    python scripts/tune_kernels.py --generation v6e [--heads llama-8b] [--kv-dtype bfloat16] [--page 128] [--write]
-    python scripts/tune_kernels.py --by time ...      # on a TPU of that generation
+    python scripts/tune_kernels.py --model DIR [--tp N] [--format fp8_block] [--tokens 1,8,64]
+    python scripts/tune_kernels.py --shapes 6144x4096,4096x4096 --format int4
 
-Candidates are ranked by bundles per KV token for decodes, and by the share of peak FLOP/s for chunks. The best go to
-kernels/tuned/tpu_<generation>.json, if they are better than the computed ones by more than 2 %.
+A device takes batch size after batch size. Each begins with the engine's default and one plan of every other kernel,
+and changes one size after the other while that helps; what cannot fit is not compiled, and what differs from the
+reference is not timed. Results go to kernels/tuned, a file a shape; Ctrl-C loses none. TPU attention has
+scripts/tune_tpu_attention.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict, replace
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from tpu_compiler import GENERATIONS
+import jax
+import jax.numpy as jnp
 
-DECODE = [dict(pack=pack, decode_kv=size) for pack in (1, 2, 4) for size in (256, 512, 1024, 2048)]
-PREFILL = [dict(prefill_q=q, prefill_kv=kv, unit_rows=m) for q in (128, 256) for kv in (256, 512) for m in (512, 1024)]
-GAIN = 0.98  # of the computed blocks' cost that a candidate must stay below
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from product_cases import FORMATS, LIMIT, compiled, copies_of, random_weight, relative_error, time_of, wanted
+from product_plans import FIELDS, neighbours, starts
+from tuning import Found, Job, search
+
+from engine.models.config import ModelConfig
+from engine.models.narrow import INPUTS, VOCABULARY, outputs_of
+from engine.models.params import ParamSpec, map_specs, param_specs
+from engine.weights.load import read_config
+from kernels import tuned
+from kernels.cuda.product import Plan, default_plan, dtype_name, kind_of, multiply
+from kernels.quantized import QuantizedTensor
+from sharding.rules import partition_spec
+
+GAIN = 0.99  # of the default's time that another plan must stay below
 
 
-def best(case: Any, chip: Any, candidates: list[dict[str, int]], cost: Callable[..., float]) -> dict[str, int]:
-    """cost(case, blocks), of which less is better -> the candidate that is better than the computed blocks, if any."""
-    from tpu_cases import HEADS, final_call
+def shapes_of(config: ModelConfig, parts: int) -> list[tuple[int, int]]:
+    """-> [N, K] of a model's products on one of `parts` devices that share its tensors. Errors: ValueError."""
+    found: set[tuple[int, int]] = set()
 
-    computed = final_call(case, chip)[0].blocks
-    least, found = GAIN * cost(case, None), {}
-    print(f"computed: {least / GAIN:.4g}  {asdict(computed)}", flush=True)
-    for sizes in candidates:
-        if HEADS[case.heads].num_kv_heads % sizes.get("pack", 1) or sizes.get("decode_kv", case.page) < case.page:
-            continue
+    def one(path: tuple[Any, ...], spec: ParamSpec) -> None:
+        name = path[-1]
+        if name not in INPUTS or name in VOCABULARY or name.startswith("experts"):
+            return
+        shape = list(spec.shape)
+        for axis, split in enumerate(partition_spec(spec.axes)):
+            if split == "model":
+                if shape[axis] % parts:
+                    raise ValueError(f"--tp: {shape[axis]} of {name} cannot be split in {parts}")
+                shape[axis] //= parts
+        outputs, inputs = outputs_of(name, tuple(shape))
+        found.add((math.prod(outputs), inputs))
+
+    map_specs(one, param_specs(config))
+    return sorted(found)
+
+
+class Search:
+    """Finds a job's best plan on a device. Weights are made once for a device and file."""
+
+    def __init__(self, compilers: int, trials: Path | None = None):
+        self.pool = ThreadPoolExecutor(compilers)
+        self.trials = trials  # a file for every plan's time, a line each
+        self.made: dict[Any, tuple[str, list[QuantizedTensor]]] = {}
+
+    def find(self, job: Job, device: Any, stop: threading.Event) -> Found:
+        """-> a plan's kernel, tile and time, and the default's time, in microseconds."""
+        with jax.default_device(device):
+            if self.made.get(device, ("", []))[0] != job.file:
+                self.made.pop(device, None)
+                self.made[device] = job.file, copies_of(random_weight(*job.about))
+            copies = self.made[device][1]
+            weight, M, kind = copies[0], job.tokens, kind_of(copies[0])
+            x = jax.random.normal(jax.random.key(M), (M, weight.inputs), jnp.bfloat16)
+            expected = wanted(x, weight)
+            group = weight.inputs // weight.scales.shape[1]
+            default = default_plan(kind or "", M, weight.values.shape[0], weight.inputs, group)
+            times: dict[Plan, float] = {}
+
+            def measure(plans: Iterable[Plan]) -> None:
+                new = [plan for plan in plans if plan not in times]
+                compile_one = partial(self.compile_one, device, x, copies)
+                for plan, run in zip(new, self.pool.map(compile_one, new), strict=True):
+                    if stop.is_set():
+                        raise InterruptedError("stopped")
+                    right = not isinstance(run, Exception) and relative_error(run(x, copies)[0], expected) < LIMIT
+                    times[plan] = time_of(run, x, copies) if right else math.inf
+                    if self.trials:
+                        why = str(run)[:300] if isinstance(run, Exception) else "" if right else "not the reference's"
+                        line = [job.file, M, plan.kernel, *plan.tile, times[plan] * 1e6, why]
+                        with self.trials.open("a") as file:
+                            file.write(json.dumps(line) + "\n")
+
+            measure(starts(weight, M, default))
+            best = min(times, key=times.__getitem__)
+            for field in FIELDS:
+                measure(neighbours(best, field, weight))
+                best = min(times, key=times.__getitem__)
+        if math.isinf(times[best]):
+            raise ValueError(f"no plan gives the reference's product of {M} tokens")
+        if times[best] > GAIN * times[default]:
+            best = default
+        return {
+            "kernel": best.kernel,
+            **best.tile._asdict(),
+            "us": times[best] * 1e6,
+            "default_us": times[default] * 1e6,
+        }
+
+    @staticmethod
+    def compile_one(device: Any, x: jax.Array, copies: list[QuantizedTensor], plan: Plan) -> Any:
+        """-> an executable, or why there is none: a tile may need more registers than there are."""
         try:
-            here = cost(case, replace(computed, **sizes))
-        except Exception as error:  # a candidate may be too large for the compiler
-            print(f"{sizes}: {str(error).splitlines()[0][:80]}", flush=True)
-            continue
-        print(f"{here:.4g}  {sizes}", flush=True)
-        if here < least:
-            least, found = here, sizes
-    return found
-
-
-def by_schedule(case: Any, blocks: Any) -> float:
-    from tpu_report import measure
-
-    row = measure(case, blocks)
-    return row["per_token"] if case.phase == "decode" else 1 / row["flops_share"]
-
-
-def by_time(case: Any, blocks: Any) -> float:
-    from bench_kernels import measure
-    from tpu_cases import CHUNK, HEADS, LENGTH, ROWS
-
-    from kernels.attention import BACKENDS
-
-    backend = BACKENDS["tpu"]
-    backend = backend._replace(update_and_attend=partial(backend.update_and_attend, blocks=blocks))
-    rows, count = (ROWS, 1) if case.phase == "decode" else (1, CHUNK)
-    return measure(backend, HEADS[case.heads], rows, LENGTH, count, case.page)
+            with jax.default_device(device):
+                return compiled(lambda x, w: multiply(x, w, jnp.dtype(jnp.bfloat16), plan), x, copies)
+        except Exception as error:
+            return error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generation", choices=GENERATIONS, required=True)
-    parser.add_argument("--heads", default="llama-8b")
-    parser.add_argument("--kv-dtype", default="bfloat16")
-    parser.add_argument("--page", type=int, default=128)
-    parser.add_argument("--phases", nargs="*", choices=("decode", "prefill"), default=("decode", "prefill"))
-    parser.add_argument("--by", choices=("schedule", "time"), default="schedule")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--model", type=Path, help="a folder with a config.json")
+    parser.add_argument("--tp", type=int, default=1, help="devices that share each tensor")
+    parser.add_argument("--shapes", default="", help="outputs x inputs, instead of a model's")
+    parser.add_argument("--format", default="fp8_block", choices=FORMATS)
+    parser.add_argument("--tokens", default=",".join(map(str, tuned.BATCH_SIZES)))
+    parser.add_argument("--out", type=Path, default=tuned.FOLDER)
+    parser.add_argument("--trials", type=Path, help="a file to which every plan's time is added")
     options = parser.parse_args()
-    if options.by == "schedule":
-        from tpu_report import chip_of  # sets what JAX reads when it is loaded, which is why it was not before
-
-        chip = chip_of(options.generation)
-    else:
-        from kernels.pallas.blocks import this_chip
-
-        chip = this_chip()
-    from tpu_cases import Case, final_call
-
-    from kernels.pallas.tuned import FOLDER, shape_key
-
-    sizes: dict[str, Any] = {}
-    for phase in options.phases:
-        case = Case(options.generation, options.heads, options.kv_dtype, options.page, phase)
-        candidates = DECODE if phase == "decode" else PREFILL
-        sizes |= best(case, chip, candidates, by_schedule if options.by == "schedule" else by_time)
-    print(f"better: {sizes or 'nothing'}")
-    if options.write and sizes:
-        path = FOLDER / f"tpu_{chip.generation}.json"
-        table = json.loads(path.read_text()) if path.exists() else {}
-        key = shape_key(final_call(case, chip)[0])
-        table[key] = table.get(key, {}) | sizes
-        FOLDER.mkdir(exist_ok=True)
-        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    if bool(options.model) == bool(options.shapes):
+        parser.error("give either --model or --shapes")
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",") if shape]
+    if options.model:
+        shapes = shapes_of(read_config(options.model), options.tp)
+    devices = jax.local_devices()
+    if devices[0].platform != "gpu":
+        parser.error(f"--format {options.format}: its kernels are for GPUs, and this is a {devices[0].platform}")
+    tokens = sorted(map(int, options.tokens.split(",")))
+    jobs = []
+    for N, K in shapes:
+        weight = jax.eval_shape(partial(random_weight, options.format, N, K))
+        name = tuned.file_name("product", {"N": N, "K": K}, dtype_name(weight), devices[0].device_kind)
+        jobs += [Job(name, M, (options.format, N, K)) for M in tokens]
+    print(f"{len(jobs)} batches, {len(devices)} devices; results in {options.out}", flush=True)
+    worker = Search(max((os.cpu_count() or 1) - len(devices), 1), options.trials)
+    outcome = search(jobs, devices, worker.find, options.out)
+    for (name, M), why in outcome.failures.items():
+        print(f"{name}, {M} tokens: {why}", file=sys.stderr)
+    gains = []
+    for name in outcome.complete:
+        table = tuned.read(options.out / name)
+        gains += [entry["default_us"] / entry["us"] for entry in table.values()]
+        print(f"{name}: " + ", ".join(f"{size}: {entry['us']:.1f} us" for size, entry in table.items()))
+    if gains:
+        print(f"over the defaults: {math.exp(sum(map(math.log, gains)) / len(gains)):.2f}x, at least {min(gains):.2f}x")
+    sys.exit(130 if outcome.stopped else bool(outcome.failures))
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ PACKAGES = ("engine", "kernels", "sharding")
 # The parts of `engine` from the top down: a part may import from its own line and from any line below it.
 # `kernels` and `sharding` are at the bottom and see neither the engine nor each other.
 LAYERS = """
-    __init__ convert generate serve server
+    __init__ batch bench convert generate serve server
     llm
     core startup
     chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
-    pooling runner
+    pooling profiler runner
     executables memory speculation step step_input weights
     scheduler
     slots
     models sampler
-    config
+    command_line config
     pages speculative_config
     request
 """

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.product import product
-from kernels.quantized import QuantizedTensor
+from kernels.quantized import Weight
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -27,7 +27,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return (y.astype(weight.dtype) * weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)).astype(x.dtype)
 
 
-def project(x: Array, weight: Array | QuantizedTensor, bias: Array | None = None) -> Array:
+def project(x: Array, weight: Weight, bias: Array | None = None) -> Array:
     """x [T, *in], weight [*in, *out], bias [*out] -> [T, *out]."""
     y = product(x, weight)
     return y if bias is None else y + bias[None]
@@ -35,8 +35,8 @@ def project(x: Array, weight: Array | QuantizedTensor, bias: Array | None = None
 
 def gated_mlp(
     x: Array,
-    gate_up: Array | QuantizedTensor,
-    down: Array | QuantizedTensor,
+    gate_up: Weight,
+    down: Weight,
     activation: str,
     gate_up_bias: Array | None,
     down_bias: Array | None,

@@ -10,7 +10,7 @@ from engine.models.config import MoeSpec
 from engine.models.layers import ACTIVATIONS, gated_mlp
 from engine.models.mixtures import CLAMPED_SLOPE
 from engine.models.params import Params
-from kernels.grouped import grouped_dot
+from kernels.grouped import grouped_dot, num_groups
 
 TINY = 1e-20  # what weights are divided by at least
 
@@ -71,18 +71,17 @@ def expert_products(x: Array, weights: Array, experts: Array, p: Params, spec: M
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     expert_of = flat[order]
-    E, D, _, F = p["experts_gate_up"].shape
+    E = num_groups(p["experts_gate_up"])
     ends = jnp.searchsorted(expert_of, jnp.arange(E), side="right", method="scan_unrolled")  # a scatter-add is slower
     sizes = jnp.diff(ends, prepend=0)
-    y = grouped_dot(x[order // top_k], p["experts_gate_up"].reshape(E, D, 2 * F), sizes, tokens)
-    y = y.reshape(-1, 2, F)
+    y = grouped_dot(x[order // top_k], p["experts_gate_up"], sizes, tokens)
     if spec.expert_bias:
         y = y + p["experts_gate_up_bias"].at[expert_of].get(mode="clip")
     y = grouped_dot(gated(y, spec, activation), p["experts_down"], sizes, tokens)
     if spec.expert_bias:
         y = y + p["experts_down_bias"].at[expert_of].get(mode="clip")
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True)
-    y = weights[..., None].astype(x.dtype) * y[place].reshape(tokens, top_k, D)
+    y = weights[..., None].astype(x.dtype) * y[place].reshape(tokens, top_k, -1)
     return jnp.where(experts[..., None] < spec.num_experts, y, 0).sum(axis=1)
 
 

@@ -150,8 +150,16 @@ def abstract_params(config: ModelConfig, dtype: str) -> Params:
     return map_specs(lambda path, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype), param_specs(config))
 
 
-def random_params(config: ModelConfig, dtype: str, seed: int) -> Params:
-    """-> parameters of the right shapes drawn from N(0, 1 / fan_in), on the default device; norms are ones."""
+def random_params(
+    config: ModelConfig,
+    dtype: str,
+    seed: int,
+    made: Callable[[tuple[Any, ...], ParamSpec, jax.Array], Any] | None = None,
+) -> Params:
+    """-> parameters of the right shapes drawn from N(0, 1 / fan_in), on the default device; norms are ones.
+
+    `made`(path, spec, parameter) says what to keep of each, if not itself.
+    """
     specs = param_specs(config)
 
     def draw(spec: ParamSpec, key: jax.Array) -> jax.Array:
@@ -162,7 +170,8 @@ def random_params(config: ModelConfig, dtype: str, seed: int) -> Params:
 
     draw = jax.jit(draw, static_argnums=0)
     keys = iter(jax.random.split(jax.random.key(seed), sum(1 for _ in jax.tree.leaves(specs, is_leaf=_is_spec))))
-    return map_specs(lambda path, spec: draw(spec, next(keys)), specs)
+    keep = made or (lambda path, spec, parameter: parameter)
+    return map_specs(lambda path, spec: keep(path, spec, draw(spec, next(keys))), specs)
 
 
 def _is_spec(node: Any) -> bool:

@@ -57,9 +57,10 @@ def forward_with_taps(
     """As `forward`, and the hidden states [T, D] that go into layers `taps`; len(config.layers): out of the last."""
     x, states = embed(config, params, tokens), []
     ropes: dict[RopeSpec | None, Rope] = {None: None}
-    for layer in config.layers:
-        if layer.rope is not None and layer.rope not in ropes:
-            ropes[layer.rope] = rope_tables(layer.rope, positions, config.max_model_len)
+    with jax.named_scope("rope"):
+        for layer in config.layers:
+            if layer.rope is not None and layer.rope not in ropes:
+                ropes[layer.rope] = rope_tables(layer.rope, positions, config.max_model_len)
     caches = []
     for i, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
         spec = attention_spec(config, i)
@@ -67,7 +68,9 @@ def forward_with_taps(
         x, cache = decoder_layer(config, layer, backend, spec, weights, kv_caches[i], x, ropes[layer.rope], batch)
         caches.append(cache)
     states.append(x)
-    return rms_norm(x, params["final_norm"], config.norm_eps), caches, [states[i] for i in taps]
+    with jax.named_scope("final_norm"):
+        hidden = rms_norm(x, params["final_norm"], config.norm_eps)
+    return hidden, caches, [states[i] for i in taps]
 
 
 def embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
@@ -139,7 +142,8 @@ def _attention(
         inputs = HeadInputs(
             project(x, p["qkv"]), p.get("qkv_bias"), p.get("q_norm"), p.get("k_norm"), rope, config.norm_eps
         )
-        out, kv_cache = backend.attend_product(inputs, kv_cache, batch, spec, **options)
+        with jax.named_scope("attend"):
+            out, kv_cache = backend.attend_product(inputs, kv_cache, batch, spec, **options)
     else:
         qkv = project(x, p["qkv"], p.get("qkv_bias"))
         q, k, v = qkv[:, :, : config.group], qkv[:, :, config.group], qkv[:, :, config.group + 1]
@@ -147,7 +151,8 @@ def _attention(
             q, k = rms_norm(q, p["q_norm"], config.norm_eps), rms_norm(k, p["k_norm"], config.norm_eps)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out, kv_cache = backend.update_and_attend(q, k, finite(v), kv_cache, batch, spec, **options)
+        with jax.named_scope("attend"):
+            out, kv_cache = backend.update_and_attend(q, k, finite(v), kv_cache, batch, spec, **options)
     return project(out, p["out"], p.get("out_bias")), kv_cache
 
 
@@ -165,7 +170,8 @@ def _latent_attention(
     """Multi-head latent attention. x [T, D] -> [T, D], new cache."""
     assert rope is not None
     q, k = mla.queries_and_key(x, p, latent, config.norm_eps, rope)
-    out, kv_cache = backend.update_and_attend(q, finite(k), None, kv_cache, batch, spec)
+    with jax.named_scope("attend"):
+        out, kv_cache = backend.update_and_attend(q, finite(k), None, kv_cache, batch, spec)
     return mla.heads_output(out, p), kv_cache
 
 

@@ -65,6 +65,8 @@ def make_app(api: Api) -> Starlette:
         Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/tokenizer_info", api.tokenizer_info, methods=["GET"]),
         Route("/reset_prefix_cache", api.reset_prefix_cache, methods=["POST"]),
+        Route("/start_profile", api.start_profile, methods=["POST"]),
+        Route("/stop_profile", api.stop_profile, methods=["POST"]),
     ]
     return Starlette(
         routes=routes,
@@ -329,6 +331,24 @@ class Api:
     async def reset_prefix_cache(self, request: Request) -> Response:
         if not await self.driver.call(lambda core: core.reset_prefix_cache()):
             raise ApiError(409, "pages are in use: try again when no request runs", code="pages_in_use")
+        return _json({"status": "ok"})
+
+    async def start_profile(self, request: Request) -> Response:
+        return await self._profile(lambda core: core.start_profile())
+
+    async def stop_profile(self, request: Request) -> Response:
+        return await self._profile(lambda core: core.stop_profile())
+
+    async def _profile(self, function: Callable[[EngineCore], None]) -> Response:
+        def run(core: EngineCore) -> RequestError | None:
+            try:
+                function(core)
+            except RequestError as error:  # what is raised there ends the engine
+                return error
+            return None
+
+        if (error := await self.driver.call(run)) is not None:
+            raise error
         return _json({"status": "ok"})
 
     async def page(self, request: Request) -> Response:

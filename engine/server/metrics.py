@@ -38,6 +38,7 @@ _SPANS = (
     ("request_queue_time_seconds", "arrival_time", "first_scheduled_time", "From arrival to the first step."),
     ("request_prefill_time_seconds", "first_scheduled_time", "first_token_time", "From the first step to a token."),
     ("request_decode_time_seconds", "first_token_time", "finished_time", "From the first token to the last."),
+    ("request_inference_time_seconds", "first_scheduled_time", "finished_time", "From the first step to the last."),
 )
 
 
@@ -55,6 +56,10 @@ class Metrics:
         )  # fmt: skip
         self._iteration_tokens = self._histogram("iteration_tokens_total", "Tokens in a step.", TOKENS)
         self._inter_token = self._histogram("inter_token_latency_seconds", "Between a completion's tokens.", SECONDS)
+        self._prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", TOKENS)
+        self._generation_tokens = self._histogram("request_generation_tokens", "Tokens of a completion.", TOKENS)
+        text = "Seconds for each of a completion's tokens after its first."
+        self._per_token = self._histogram("request_time_per_output_token_seconds", text, SECONDS)
         self._spans = {span: self._histogram(span[0], span[3], SECONDS) for span in _SPANS}
         self.registry.register(self)  # pyright: ignore[reportArgumentType]  collect() is all that a collector needs
 
@@ -130,7 +135,16 @@ class Metrics:
         """All completions of a request ended, or were aborted."""
         for index in range(group.params.n):
             self._last_token.pop((group.request_id, index), None)
+        if group.error is not None:
+            return
+        self._prompt_tokens.observe(len(group.prompt_token_ids))
+        first, last = group.metrics.first_token_time, group.metrics.finished_time
+        for completion in group.completions:
+            count = len(completion.token_ids)
+            self._generation_tokens.observe(count)
+            if count > 1 and first is not None and last is not None:
+                self._per_token.observe(max(last - first, 0.0) / (count - 1))
         for span, histogram in self._spans.items():
             start, end = (getattr(group.metrics, name) for name in span[1:3])
-            if start is not None and end is not None and group.error is None:
+            if start is not None and end is not None:
                 histogram.observe(max(end - start, 0.0))

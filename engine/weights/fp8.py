@@ -12,11 +12,18 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from engine.models.narrow import Storage
+from engine.weights.packed import InMemory
 from engine.weights.stored import StoredTensor, read_all
+from kernels.quantized import Layout
 
 SQUARE = 128
 SUFFIX = "_scale_inv"
 VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)  # of a byte
+_SQUARES = Storage(
+    Layout("fp8", group=SQUARE, rows=SQUARE, activations="token_group"),
+    (("values", "float8_e4m3fn"), ("scales", "float32")),
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,17 @@ class ScaledTensor:
     @property
     def dtype(self) -> np.dtype:
         return np.dtype(np.float32)
+
+    @property
+    def storage(self) -> Storage:
+        return _SQUARES
+
+    def arrays(self, layout: Layout) -> Mapping[str, StoredTensor]:
+        """See packed.PackedTensor."""
+        rows = np.repeat(self.scales, SQUARE, axis=0)[: self.shape[0]]
+        width = self.shape[1] // (layout.group or SQUARE)
+        scales = np.repeat(rows, SQUARE // (layout.group or SQUARE), axis=1)[:, :width]
+        return {"values": self.weight, "scales": InMemory(np.ascontiguousarray(scales))}
 
     def read(self, start: int, out: np.ndarray) -> None:
         """See stored.StoredTensor."""

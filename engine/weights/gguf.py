@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from engine.weights.gguf_blocks import BLOCK_TYPES, TYPE_NAMES, dequantize
+from engine.weights.gguf_packed import stored_blocks
 from engine.weights.stored import BlockTensor, OpenFile
 
 VOCABULARY_NAME = "tokenizer.gguf"  # what a converted model's folder calls the metadata alone
@@ -82,7 +83,9 @@ class GGUFFile:
         """-> one tensor that is read, and dequantized, piece by piece. KeyError for an unknown name."""
         tensor = self.tensors[name]
         self._file = self._file or OpenFile(self.path)
-        return BlockTensor(self._file, tensor.offset, BLOCK_TYPES[tensor.type], tensor.shape)
+        return stored_blocks(
+            BlockTensor(self._file, tensor.offset, BLOCK_TYPES[tensor.type], tensor.shape), tensor.type
+        )
 
     def without_tensors(self) -> bytes:
         """-> a file with the same metadata and no tensors: what a tokenizer is read from."""

@@ -83,15 +83,20 @@ def _q3_k(blocks: np.ndarray, out: np.ndarray) -> None:
     _scale(quants.view(np.int8) - np.int8(4), scale, None, out)
 
 
-def _scales_and_offsets(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """-> the 8 scales and 8 offsets (negative minima) of Q4_K and Q5_K, float32 [n, 8] each.
+def scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """-> the 8 scales and 8 minima of Q4_K and Q5_K, uint8 [n, 8] each, which d and dmin multiply.
 
     Twelve bytes hold them with 6 bits each: the first four of either in the low bits of the first and second four
     bytes, whose top bits complete the nibbles of the last four bytes to the other four of either.
     """
     low, middle, high = np.split(blocks["scales"], 3, axis=1)
     scales = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], axis=1)
-    minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6) << 4], axis=1)
+    return scales, np.concatenate([middle & 63, (high >> 4) | (middle >> 6) << 4], axis=1)
+
+
+def _scales_and_offsets(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """-> the 8 scales and 8 offsets (negative minima) of Q4_K and Q5_K, float32 [n, 8] each."""
+    scales, minima = scales_and_minima(blocks)
     return _floats(blocks["d"]) * scales, -_floats(blocks["dmin"]) * minima
 
 

@@ -6,28 +6,49 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial, reduce
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from engine.models.config import ModelConfig
 from engine.models.families import Family
+from engine.models.narrow import (
+    INPUTS,
+    Path,
+    Plan,
+    Split,
+    Storage,
+    array_shape,
+    joined,
+    narrowed,
+    outputs_of,
+)
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
-from engine.weights.fp8 import with_scales
 from engine.weights.gguf import open_gguf
-from engine.weights.mxfp4 import MicroscaledTensor, with_dequantized
+from engine.weights.methods import with_method
+from engine.weights.mxfp4 import MicroscaledTensor
 from engine.weights.names import GGUF, HF
+from engine.weights.narrow_parts import merge_rows, narrow_part, parts_of_piece
+from engine.weights.narrow_tensors import Packed
 from engine.weights.orbax import OrbaxCheckpoint, is_orbax, open_orbax, restore
+from engine.weights.packed import expanded, is_packed
+from engine.weights.part import Part
 from engine.weights.place import place
+from engine.weights.quantization import Quantization, choose_quantization
 from engine.weights.safetensors import open_safetensors
 from engine.weights.shards import Arrivals, Shard, ShardingRule
 from engine.weights.stored import StoredTensor, read_all
 from engine.weights.stream import Streamer
+from kernels.quantized import QuantizedTensor
+
+WIDE = Quantization()
 
 
 @dataclass(frozen=True)
@@ -39,13 +60,14 @@ class Checkpoint:
     family: Family
     style: int  # HF or GGUF: whose tensor names
     tensors: Mapping[str, StoredTensor]
+    method: str | None = None  # that its weights are quantized by, one of quantization.METHODS
 
     def load(self, name: str) -> np.ndarray:
         """-> a whole tensor."""
         return read_all(self.tensors[name])
 
 
-def open_checkpoint(path: Path) -> Checkpoint | OrbaxCheckpoint:
+def open_checkpoint(path: FilePath) -> Checkpoint | OrbaxCheckpoint:
     """-> the checkpoint of a .gguf file, a Hugging Face folder or a folder from `engine.convert`.
 
     Errors: ValueError that names file and field.
@@ -56,23 +78,25 @@ def open_checkpoint(path: Path) -> Checkpoint | OrbaxCheckpoint:
         file = open_gguf(path)
         shapes = {name: info.shape for name, info in file.tensors.items()}
         family, config = from_gguf(str(path), file.metadata, shapes, file.load)
-        return Checkpoint(str(path), config, family, GGUF, {name: file.stored(name) for name in file.tensors})
-    family, config = _read_config(path)
+        tensors = {name: file.stored(name) for name in file.tensors}
+        method = "gguf" if any(map(is_packed, tensors.values())) else None
+        return Checkpoint(str(path), config, family, GGUF, tensors, method)
+    family, config, values = _read_config(path)
     files = open_safetensors(path)
-    tensors = with_dequantized(str(path), {name: files.stored(name) for name in files.tensors})
-    tensors = with_scales(str(path), tensors)
+    stored = {name: files.stored(name) for name in files.tensors}
+    tensors, method = with_method(str(path), values.get("quantization_config"), stored)
     if any(isinstance(tensor, MicroscaledTensor) for tensor in tensors.values()):
         family = replace(family, packed_experts=True)
-    return Checkpoint(str(path), config, family, HF, tensors)
+    return Checkpoint(str(path), config, family, HF, tensors, method)
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: FilePath) -> ModelConfig:
     """-> the config of a folder, without its tensors. Errors: ValueError."""
     return open_orbax(folder).config if is_orbax(folder) else _read_config(folder)[1]
 
 
-def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """-> family and config from a folder's config.json. Errors: ValueError."""
+def _read_config(folder: FilePath) -> tuple[Family, ModelConfig, dict[str, Any]]:
+    """-> family and config from a folder's config.json, and what it holds. Errors: ValueError."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"model: {folder} is neither a .gguf file nor a folder with config.json")
@@ -82,20 +106,29 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: must hold an object, got {type(values).__name__}")
-    return from_hugging_face(str(file), values)
+    return *from_hugging_face(str(file), values), values
 
 
-def load_params(checkpoint: Checkpoint | OrbaxCheckpoint, dtype: str, sharding: ShardingRule | None = None) -> Params:
-    """-> the model's parameters in `dtype`, read from the files straight into the memory of their shards.
+def load_params(
+    checkpoint: Checkpoint | OrbaxCheckpoint,
+    dtype: str,
+    sharding: ShardingRule | None = None,
+    quantization: Quantization = WIDE,
+) -> Params:
+    """-> the model's parameters in `dtype`, or as `quantization` has them, read from the files into their shards.
 
     Only what this host's devices hold is read: with `sharding`, the shards of each parameter that are addressable
     here; without it, everything, for the default device. Beside the parameters themselves, which on an accelerator are
     not in the host's memory, that holds no more than twice the largest tensor, or one parameter if that is more.
+    Quantized parameters are for one device.
 
     Errors: ValueError that names missing, surplus or misshapen tensors, or a file that cannot be read.
     """
+    if quantization.plan and sharding is not None:
+        raise ValueError("quantization: quantized parameters cannot be split over devices yet; leave it out")
     if isinstance(checkpoint, OrbaxCheckpoint):
-        return restore(checkpoint, dtype, sharding)
+        wide = restore(checkpoint, dtype, sharding)
+        return map_specs(partial(_narrow_in_place, wide, quantization.plan), param_specs(checkpoint.config))
     made = recipes(checkpoint.config, checkpoint.family, checkpoint.style)
     tensors = checkpoint.tensors
     check_tensors(checkpoint.source, checkpoint.config, made, {name: t.shape for name, t in tensors.items()})
@@ -108,11 +141,82 @@ def load_params(checkpoint: Checkpoint | OrbaxCheckpoint, dtype: str, sharding: 
 
     with Streamer() as streamer:
 
-        def one(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
-            def fill(shards: Sequence[Shard]) -> None:
-                placed = [(part, place(part, *shard)) for part in by_path[path].parts for shard in shards]
-                streamer.fill([(tensors[part.tensor], placement) for part, placement in placed if placement])
+        def plain(parts: Sequence[Part], shape: tuple[int, ...], kind: str, where: Sharding | None) -> jax.Array:
+            readable = {part.tensor: _readable(tensors[part.tensor]) for part in parts}
 
-            return arrivals.make(spec.shape, spec.dtype or dtype, sharding(path, spec) if sharding else None, fill)
+            def fill(shards: Sequence[Shard]) -> None:
+                placed = [(part, place(part, *shard)) for part in parts for shard in shards]
+                streamer.fill([(readable[part.tensor], placement) for part, placement in placed if placement])
+
+            return arrivals.make(shape, kind, where, fill)
+
+        def packed(parts: Sequence[Part], name: str, shape: tuple[int, ...], storage: Storage) -> QuantizedTensor:
+            outputs, inputs = outputs_of(name, shape)
+            layout, arrays = storage.layout, {}
+            stored = {part.tensor: tensors[part.tensor].arrays(storage.layout) for part in parts}  # type: ignore[attr-defined]
+            for array, kind in storage.arrays:
+                whole = array_shape(array, outputs, inputs, layout)
+                merged = layout.rows if array == "scales" else 1
+
+                def fill(shards: Sequence[Shard], array: str = array, merged: int = merged) -> None:
+                    (shard,) = shards
+                    target = shard.array
+                    if merged > 1:  # by output first: parts' blocks of scales may end anywhere
+                        *leading, last, width = target.shape
+                        target = np.empty((*leading, last * merged, width), target.dtype)
+                    placed = [
+                        (part, place(narrow_part(part, name, target.shape[-1]), target, [0] * target.ndim))
+                        for part in parts
+                    ]
+                    streamer.fill([(stored[part.tensor][array], at) for part, at in placed if at])
+                    if merged > 1:
+                        shard.array[...] = merge_rows(target, merged, f"{checkpoint.source}: {parts[0].tensor}")
+
+                arrays[array] = arrivals.make(whole, kind, None, fill)
+            return QuantizedTensor(layout, **arrays)
+
+        def one(path: Path, spec: ParamSpec) -> Any:
+            parts, how, kind = by_path[path].parts, quantization.plan.get(path), spec.dtype or dtype
+            if how is None:
+                return plain(parts, spec.shape, kind, sharding(path, spec) if sharding else None)
+            if isinstance(how, Split):
+                pieces = []
+                for i, (first, end, storage) in enumerate(how.pieces):
+                    shape = (*spec.shape[: how.axis], end - first, *spec.shape[how.axis + 1 :])
+                    own = parts_of_piece(parts, how, i)
+                    made = packed(own, path[-1], shape, storage) if storage else plain(own, shape, kind, None)
+                    pieces.append(made)
+                return joined(path, how, pieces)
+            if quantization.online:
+                return narrowed(plain(parts, spec.shape, kind, None), INPUTS[path[-1]], how.layout)
+            return packed(parts, path[-1], spec.shape, how)
 
         return map_specs(one, param_specs(checkpoint.config))
+
+
+def _narrow_in_place(wide: Params, plan: Plan, path: Path, spec: ParamSpec) -> Any:
+    """-> one parameter, quantized if the plan says so; `wide` lets go of it."""
+    *way, name = path
+    holder = reduce(lambda node, key: node[key], way, wide)
+    storage = plan.get(path)
+    if storage is None:
+        return holder[name]
+    assert isinstance(storage, Storage)
+    return narrowed(holder.pop(name), INPUTS[name], storage.layout)
+
+
+def quantization_of(
+    checkpoint: Checkpoint | OrbaxCheckpoint, setting: str | None, platform: str, dtype: str
+) -> Quantization:
+    """-> how to store the checkpoint's parameters. Errors: ValueError for a setting that does not fit it."""
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        return choose_quantization(setting, None, (), {}, checkpoint.config, platform, dtype)
+    made = recipes(checkpoint.config, checkpoint.family, checkpoint.style)
+    tensors = checkpoint.tensors
+    check_tensors(checkpoint.source, checkpoint.config, made, {name: t.shape for name, t in tensors.items()})
+    return choose_quantization(setting, checkpoint.method, made, tensors, checkpoint.config, platform, dtype)
+
+
+def _readable(tensor: StoredTensor) -> StoredTensor:
+    """-> the tensor, such that runs of it can be read quickly."""
+    return expanded(tensor) if isinstance(tensor, Packed) else tensor

@@ -13,8 +13,11 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 
+from engine.models.narrow import Storage
 from engine.weights.gguf_blocks import DOUBLED_E2M1, half_scales
+from engine.weights.packed import Converted, repack
 from engine.weights.stored import StoredTensor
+from kernels.quantized import Layout
 
 BLOCK = 32  # elements of a block, in 16 bytes
 
@@ -52,6 +55,18 @@ class MicroscaledTensor:
     @property
     def dtype(self) -> np.dtype:
         return np.dtype(ml_dtypes.bfloat16)
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(Layout("mxfp4", group=BLOCK, split=1), (("values", "uint8"), ("scales", "uint8")))
+
+    def arrays(self, layout: Layout) -> Mapping[str, StoredTensor]:
+        """See packed.PackedTensor."""
+        run = max(layout.split, BLOCK // 2)  # bytes
+        values = Converted(
+            self.blocks, (*self.shape[:-1], self.shape[-1] // 2), np.dtype(np.uint8), run, run, repack(1, layout.split)
+        )
+        return {"values": values, "scales": self.scales}
 
     def read(self, start: int, out: np.ndarray) -> None:
         """See stored.StoredTensor."""

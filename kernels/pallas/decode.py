@@ -34,6 +34,16 @@ class Scratch(NamedTuple):
     moved: Any  # DMA semaphores [2]: queries in, results out
 
 
+class Tokens(NamedTuple):
+    """Some tokens of a block of pages."""
+
+    block: Any  # VMEM [channels, block, lanes]
+    offset: Any  # of the first, in the block
+    size: int
+    position: Array | None  # of the first, in the sequence; None if all of them are visible
+    end: Array  # of the sequence
+
+
 def group_size(tokens: int) -> int:
     """-> how many rows' queries are fetched together."""
     return next((n for n in (2 * SUBLANES, SUBLANES) if tokens % n == 0), tokens)
@@ -164,14 +174,10 @@ def _row(call: Call, arrays: Arrays, stream: Stream, s: Scratch, row: Array, pla
         s.maximum[...] = jnp.full(s.maximum.shape, LOWEST, jnp.float32)
         s.total[...] = jnp.zeros(s.total.shape, jnp.float32)
 
-    def attend(slot: Array, offset: Any, size: int, position: Array | None) -> None:
-        """Take in `size` tokens of a slot; `position` of the first, unless all of them are visible."""
-        taken = [
-            _scores(call, s, stream.buffer, slot, offset, size, position, end, queries[pack], pack)
-            for pack in range(packs)
-        ]
+    def attend(tokens: Tokens) -> None:
+        taken = [_weigh(call, s, tokens, queries[pack], pack) for pack in range(packs)]
         for pack, (weights, keep) in enumerate(taken):
-            _add_values(call, s, stream.buffer, slot, offset, size, position, end, pack, weights, keep)
+            _add_values(call, s, tokens, pack, weights, keep)
 
     step = min(call.blocks.decode_step, stream.block)
 
@@ -180,13 +186,14 @@ def _row(call: Call, arrays: Arrays, stream: Stream, s: Scratch, row: Array, pla
 
         @pl.loop(0, pl.cdiv(jnp.minimum(end - at, stream.block), step))
         def _(i: Array) -> None:
-            attend(slot, pl.multiple_of(i * step, step), step, at + i * step)
+            offset = pl.multiple_of(i * step, step)
+            attend(Tokens(stream.buffer.at[slot], offset, step, at + offset, end))
 
     @pl.loop(0, last)
     def _(block: Array) -> None:
         slot = stream.take(start, end, block, full=True)
         if call.spec.window is None:
-            attend(slot, 0, stream.block, None)
+            attend(Tokens(stream.buffer.at[slot], 0, stream.block, None, end))
         else:
             attend_masked(slot, block)
 
@@ -199,42 +206,36 @@ def _row(call: Call, arrays: Arrays, stream: Stream, s: Scratch, row: Array, pla
         s.results[place, pack] = result
 
 
-def _heads(call: Call, buffer: Any, slot: Array, offset: Any, size: int, pack: int, *, values: bool) -> Array:
+def _heads(call: Call, tokens: Tokens, pack: int, *, values: bool) -> Array:
     """-> keys or values of a pack's heads, side by side: [size, W] in the compute dtype."""
     heads = range(pack * call.blocks.pack, (pack + 1) * call.blocks.pack)
     channels = [call.layout.value_channel(head) if values else head for head in heads]
-    parts = [buffer[slot, channel, pl.ds(offset, size)].astype(call.compute_dtype) for channel in channels]
+    at = pl.ds(tokens.offset, tokens.size)
+    parts = [tokens.block[channel, at].astype(call.compute_dtype) for channel in channels]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _scores(
-    call: Call, s: Scratch, buffer: Any, slot: Array, offset: Any, size: int, position: Array | None, end: Array,
-    q: Array, pack: int,
-) -> tuple[Array, Array]:  # fmt: skip
-    """-> the weights of `size` tokens [R, size], and what to multiply earlier sums with [R, 128]; moves the maximum."""
-    k = _heads(call, buffer, slot, offset, size, pack, values=False)
-    scores = call.scores(q, k)
-    if position is not None:
-        at = position + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        visible = at < end
+def _weigh(call: Call, s: Scratch, tokens: Tokens, q: Array, pack: int) -> tuple[Array, Array]:
+    """-> the tokens' weights [R, size], and what to multiply earlier sums with [R, 128]; moves the maximum."""
+    scores = call.scores(q, _heads(call, tokens, pack, values=False))
+    if tokens.position is not None:
+        at = tokens.position + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        visible = at < tokens.end
         if call.spec.window is not None:
-            visible &= at >= end - call.spec.window
+            visible &= at >= tokens.end - call.spec.window
         scores = jnp.where(visible, scores, -jnp.inf)
     before = s.maximum[pack]
     maximum = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
     s.maximum[pack] = maximum
-    weights = jnp.exp2(scores - widen(maximum, size))
+    weights = jnp.exp2(scores - widen(maximum, tokens.size))
     keep = jnp.exp2(before - maximum)
     s.total[pack] = s.total[pack] * keep + fold(weights)
     return weights, keep
 
 
-def _add_values(
-    call: Call, s: Scratch, buffer: Any, slot: Array, offset: Any, size: int, position: Array | None, end: Array,
-    pack: int, weights: Array, keep: Array,
-) -> None:  # fmt: skip
-    v = _heads(call, buffer, slot, offset, size, pack, values=True)
-    if position is not None:  # beyond the end memory holds anything, and 0 * NaN is NaN
-        at = position + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
-        v = jnp.where(at < end, v, jnp.zeros_like(v))
+def _add_values(call: Call, s: Scratch, tokens: Tokens, pack: int, weights: Array, keep: Array) -> None:
+    v = _heads(call, tokens, pack, values=True)
+    if tokens.position is not None:  # beyond the end memory holds anything, and 0 * NaN is NaN
+        at = tokens.position + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
+        v = jnp.where(at < tokens.end, v, jnp.zeros_like(v))
     s.value[pack] = s.value[pack] * widen(keep, v.shape[1]) + call.dot(weights.astype(v.dtype), v, (1, 0))

@@ -84,6 +84,15 @@ class Turn(NamedTuple):
     position: Array  # of token `start` in its sequence; negative if that token belongs to an earlier row
 
 
+class Pages(NamedTuple):
+    """One block of pages."""
+
+    block: Any  # VMEM [channels, block, lanes]
+    position: Array  # of the first token in its sequence
+    end: Array  # of what the turn reads
+    masked: bool  # whether some of it is not for all of the turn's queries
+
+
 def turns(call: Call, arrays: Arrays, row: Array) -> Array:
     begin, end = arrays.cu_q_lens[row], arrays.cu_q_lens[row + 1]
     return jnp.maximum(pl.cdiv(end - _aligned(begin), block_tokens(call)), 1)
@@ -192,10 +201,10 @@ def _attend(call: Call, stream: Stream, s: Scratch, t: Turn, start: Array, end: 
 
     def block_of_pages(block: Array, *, masked: bool) -> None:
         slot = stream.take(start, end, block, full=not masked)
-        at = start + block * stream.block
-        score = lambda unit, place: _score(call, stream.buffer, s, t, slot, at, unit, place, masked)
+        pages = Pages(stream.buffer.at[slot], start + block * stream.block, end, masked)
+        score = lambda unit, place: _score(call, s, t, pages, unit, place)
         weigh = lambda unit, place: _weigh(s, unit, place)
-        add = lambda unit, place: _add(call, stream.buffer, s, slot, at, end, unit, place, masked)
+        add = lambda unit, place: _add(call, s, pages, unit, place)
         score(0, 0)
         if units > 1:
             score(1, 1)
@@ -235,16 +244,14 @@ def _head(call: Call, unit: Any) -> Any:
     return unit if per_head == 1 else jax.lax.div(unit, per_head)
 
 
-def _score(
-    call: Call, buffer: Any, s: Scratch, t: Turn, slot: Array, at: Array, unit: Any, place: int, masked: bool
-) -> None:
-    """Scores of a unit into s.scores[place]; moves its maximum. `at`: position of the slot's first token."""
-    scores = call.scores(s.queries[unit], buffer[slot, _head(call, unit)].astype(call.compute_dtype))
-    if masked:
+def _score(call: Call, s: Scratch, t: Turn, pages: Pages, unit: Any, place: int) -> None:
+    """Scores of a unit into s.scores[place]; moves its maximum."""
+    scores = call.scores(s.queries[unit], pages.block[_head(call, unit)].astype(call.compute_dtype))
+    if pages.masked:
         M, size = scores.shape
         N = s.incoming.shape[2]
         token = jax.lax.broadcasted_iota(jnp.int32, (M // N, N, size), 1).reshape(M, size)
-        ahead = (t.position - at) + token - jax.lax.broadcasted_iota(jnp.int32, (M, size), 1)
+        ahead = (t.position - pages.position) + token - jax.lax.broadcasted_iota(jnp.int32, (M, size), 1)
         visible = ahead >= 0
         if call.spec.window is not None:
             visible &= ahead < call.spec.window
@@ -269,18 +276,16 @@ def _weigh(s: Scratch, unit: Any, place: int) -> None:
         s.value_keeps[place, part] = keep
 
 
-def _add(
-    call: Call, buffer: Any, s: Scratch, slot: Array, at: Array, end: Array, unit: Any, place: int, masked: bool
-) -> None:
+def _add(call: Call, s: Scratch, pages: Pages, unit: Any, place: int) -> None:
     """Weighted values of a unit into its sums, as many tokens at a time as the MXU adds up."""
     channel, size = call.layout.value_channel(_head(call, unit)), s.scores.shape[2]
     step = min(MXU_TOKENS, size)
     for i in range(0, size, step):
         part = pl.ds(i, step)
-        v = buffer[slot, channel, part].astype(call.compute_dtype)
-        if masked:  # beyond the end memory holds anything, and 0 * NaN is NaN
-            token = at + i + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
-            v = jnp.where(token < end, v, jnp.zeros_like(v))
+        v = pages.block[channel, part].astype(call.compute_dtype)
+        if pages.masked:  # beyond the end memory holds anything, and 0 * NaN is NaN
+            token = pages.position + i + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
+            v = jnp.where(token < pages.end, v, jnp.zeros_like(v))
         more = call.dot(s.weights[place, :, part], v, (1, 0))
         before = s.value[unit] * widen(s.value_keeps[place], v.shape[1]) if i == 0 else s.value[unit]
         s.value[unit] = before + more

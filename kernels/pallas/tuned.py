@@ -1,6 +1,6 @@
 """Block sizes that were found to be better than the computed ones: kernels/tuned/tpu_<generation>.json.
 
-Each file maps a shape to fields of Blocks; what is not in it is computed. scripts/tune_kernels.py writes them.
+Each file maps a shape to fields of Blocks; what is not in it is computed. scripts/tune_tpu_attention.py writes them.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def test_an_argument_that_does_not_exist_is_refused_by_name(name: str):
     ("settings", "message"),
     [
         (dict(tensor_parallel_size=2), "tensor_parallel_size: only 1"),
-        (dict(quantization="fp8"), "quantization: not supported yet"),
+        (dict(quantization="fp9"), "quantization: must be one of"),
         (dict(block_size=24), "block_size: must be one of"),
         (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization: must be in"),
         (dict(max_num_seqs=64, max_num_batched_tokens=32), "max_num_batched_tokens: 32 is less than max_num_seqs 64"),
@@ -244,7 +244,7 @@ def test_weights_that_cannot_be_loaded_end_the_start(monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> None:
         raise ValueError("model.safetensors: the file ends early")
 
-    monkeypatch.setattr("engine.startup.random_params", fail)
+    monkeypatch.setattr("engine.startup.random_narrow", fail)
     folder = pathlib.Path(__file__).parents[1] / "data" / "tiny" / "qwen3"
     with pytest.raises(ValueError, match="the file ends early"):
         LLM(model=str(folder), load_format="dummy", skip_tokenizer_init=True)

@@ -25,12 +25,12 @@ def plan(platform: str = "tpu", total: int = 16 * GIB, in_use: int = 0, **settin
     )
 
 
-def test_an_accelerators_pages_are_its_share_less_weights_and_temporaries():
-    assert plan(gpu_memory_utilization=0.5).num_pages == (8 * GIB - 3 * GIB - RESERVE) // PAGE_BYTES
+def test_an_accelerators_pages_are_its_share_less_weights_and_twice_the_temporaries():
+    assert plan(gpu_memory_utilization=0.5).num_pages == (8 * GIB - 2 * GIB - 2 * GIB - RESERVE) // PAGE_BYTES
 
 
 def test_a_gpus_pool_is_the_share_already():
-    assert plan("gpu", total=8 * GIB).num_pages == (8 * GIB - 3 * GIB - RESERVE) // PAGE_BYTES
+    assert plan("gpu", total=8 * GIB).num_pages == (8 * GIB - 2 * GIB - 2 * GIB - RESERVE) // PAGE_BYTES
 
 
 def test_what_others_hold_of_the_device_is_not_given_out_twice():

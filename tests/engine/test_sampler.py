@@ -485,7 +485,9 @@ def test_noise_is_standard_gumbel_without_correlation_between_neighbours():
 
 def test_plain_rows_get_the_same_tokens_from_a_plain_step():
     rng = np.random.default_rng(3)
-    rows = [make_request([1, 2, 3], 2, seed=i, temperature=[0.0, 0.7, 1.5][i % 3]) for i in range(ROWS)]
+    limits = [{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2, "top_k": 9}]
+    wishes = [{"temperature": [0.0, 0.7, 1.5][i % 3], **limits[i % 4]} for i in range(ROWS)]
+    rows = [make_request([1, 2, 3], 2, seed=i, **wish) for i, wish in enumerate(wishes)]
     assert all(is_plain(row) for row in rows)
     logits = rng.normal(size=(ROWS, VOCAB)).astype(np.float32)
     logits[5, 7] = np.nan
@@ -497,11 +499,26 @@ def test_plain_rows_get_the_same_tokens_from_a_plain_step():
 
 
 @pytest.mark.parametrize(
-    "wish", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 0}, {"prompt_logprobs": 0}, {"min_tokens": 3},
-             {"presence_penalty": 0.5}, {"logit_bias": {1: 1.0}}],
+    "wish", [{"logprobs": 0}, {"prompt_logprobs": 0}, {"min_tokens": 3}, {"presence_penalty": 0.5},
+             {"logit_bias": {1: 1.0}}],
 )  # fmt: skip
-def test_a_request_that_asks_for_more_than_a_temperature_is_not_plain(wish):
+def test_a_request_whose_logits_are_shown_or_edited_is_not_plain(wish):
     assert not is_plain(make_request([1, 2, 3], 2, eos=(5,), temperature=0.5, **wish))
+
+
+@pytest.mark.parametrize("k", [1, 20])
+def test_the_most_likely_tokens_are_those_of_a_sort_also_among_equals(k):
+    logits = np.random.default_rng(k).normal(size=(5, 6000)).astype(np.float32)
+    logits[1] = np.round(logits[1])
+    logits[2] = 0
+    logits[3] = -np.inf
+    logits[3, 77] = 1
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    token = jnp.zeros(5, jnp.int32)
+    _, _, ids, logprobs = sampler.raw_logprobs(jnp.asarray(logits), token, k)
+    np.testing.assert_array_equal(ids, order)
+    wanted = logits[0] - np.log(np.exp(logits[0].astype(np.float64)).sum())
+    np.testing.assert_allclose(logprobs[0], wanted[order[0]], atol=1e-5)
 
 
 def test_what_no_row_asks_for_is_behind_a_condition():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,16 +54,24 @@ def _plan(*rows: tuple[list[int], int, int, list[int]]) -> StepPlan:
 def test_every_possible_plan_has_a_bucket(plain: bool, buckets, seqs: int, budget: int):
     if budget < seqs:
         return
-    shapes = buckets(seqs, budget)
+    shapes, request = buckets(seqs, budget), make_request([1], 1)
     assert len(set(shapes)) == len(shapes)
     for rows in range(1, seqs + 1):
         for tokens in range(rows, budget + 1):
-            plan = StepPlan([Row(None, 0, 0, 1, False)] * rows, num_tokens=tokens)  # type: ignore[arg-type]
+            plan = StepPlan([Row(request, 0, 0, 1, False)] * rows, num_tokens=tokens)
             shape = choose_shape(shapes, plan, plain)
             assert not shape.plain or plain
             assert shape.plain == plain or buckets is step_shapes
             assert shape.rows >= rows and shape.tokens >= tokens
             assert tokens == rows or shape.tokens > shape.rows, "a chunk needs a mixed step"
+
+
+@pytest.mark.parametrize("wanted", [None, 3])
+def test_prompt_logprobs_of_one_token_need_a_step_that_computes_them(wanted: int | None):
+    request = make_request([1, 2], 1)
+    request.params = replace(request.params, prompt_logprobs=wanted)
+    shape = choose_shape(gpu_step_shapes(8, 64), StepPlan([Row(request, 0, 0, 1, False)], num_tokens=1))
+    assert shape.has_prompt_logprobs == (wanted is not None)
 
 
 def test_a_plan_becomes_ragged_arrays():
@@ -82,11 +92,11 @@ def test_a_plan_becomes_ragged_arrays():
     assert temperature.view(np.float32).tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
-def test_a_plan_is_plain_until_a_row_asks_for_more_than_a_temperature():
+def test_a_plan_is_plain_until_a_row_has_its_logits_edited():
     builder = BatchBuilder(num_slots=6, pages=3)
     first, second = _plan(([7, 8], 0, 2, [11])), _plan(([7, 8], 0, 2, [11]), ([7, 8], 0, 2, [12]))
     assert builder.admit(first)
-    second.admitted[1].params = second.admitted[1].params.replace(top_k=5)
+    second.admitted[1].params = second.admitted[1].params.replace(presence_penalty=1.0)
     assert not builder.admit(second)
     assert builder.admit(first), "the slot's next request is judged anew"
 

@@ -14,10 +14,16 @@ from kernels import grouped
 from kernels.cuda import grouped as cuda
 
 ROWS, DEPTH, COLUMNS = 100, 72, 40
+
+
+def loop(x: jax.Array, weight: jax.Array, sizes: jax.Array, block: int) -> jax.Array:
+    return grouped.looped(x, lambda rows, member: rows @ weight[member], COLUMNS, sizes, block)
+
+
 WAYS: dict[str, Callable[..., jax.Array]] = {
     "chosen": lambda x, weight, sizes: grouped.grouped_dot(x, weight, sizes, ROWS),
-    "loop": partial(grouped.looped, block=8),
-    "loop, one row": partial(grouped.looped, block=1),
+    "loop": lambda x, weight, sizes: loop(x, weight, sizes, 8),
+    "loop, one row": lambda x, weight, sizes: loop(x, weight, sizes, 1),
     "cuda": partial(cuda.grouped_dot, tile=cuda.Tile(16, 32, 32, 4, 2), interpret=True),
     "cuda, larger than all": partial(cuda.grouped_dot, tile=cuda.Tile(128, 64, 128, 4, 2), interpret=True),
 }

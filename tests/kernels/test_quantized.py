@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import cpu
 from kernels.product import product, rows_product, take_rows
-from kernels.quantized import Layout, dequantize, pack, quantize, split_of, unpack
+from kernels.quantized import SUPER, Layout, QuantizedTensor, dequantize, pack, quantize, split_of, unpack
 
 LAYOUTS = {
     "int8": Layout("int8"),
@@ -95,3 +96,50 @@ def test_rows_are_looked_up_in_the_dtype_of_the_model():
 def test_logits_of_narrow_weights_are_float32():
     table = quantize(jnp.asarray(weights("normal")[0]), Layout("int8"))
     assert rows_product(jnp.ones((2, INPUTS), jnp.bfloat16), table).dtype == jnp.float32
+
+
+def random_tensor(layout: Layout, outputs: int = 96, **others: str) -> QuantizedTensor:
+    """-> a weight of random bits [outputs, INPUTS]; `others`: dtypes of further arrays."""
+    draw = np.random.default_rng(2)
+    groups = INPUTS // (layout.group or INPUTS)
+    if layout.packing == 2:
+        values = draw.integers(0, 256, (outputs, INPUTS // 2), np.uint8)
+    else:
+        values = draw.integers(-127, 128, (outputs, INPUTS), np.int8)
+
+    def numbers(dtype: str, count: int) -> jnp.ndarray:
+        if dtype.startswith("float"):
+            return jnp.asarray(draw.standard_normal((outputs, count)), dtype)
+        return jnp.asarray(draw.integers(0, 16, (outputs, count)), dtype)
+
+    scales = numbers("uint8" if layout.format == "q4_k" else "float16", groups)
+    more = {name: numbers(dtype, INPUTS // SUPER if "super" in name else groups) for name, dtype in others.items()}
+    return QuantizedTensor(layout, jnp.asarray(values), scales, **more)
+
+
+FOR_CPUS = {
+    "int8": random_tensor(Layout("int8")),
+    "Q8_0": random_tensor(Layout("int8", group=32)),
+    "Q4_0": random_tensor(Layout("int4", group=32, split=32)),
+    "Q4_1": random_tensor(Layout("int4", group=32, split=32), minima="float16"),
+    "AWQ": random_tensor(Layout("int4", group=128, split=32), zeros="uint8"),
+    "Q4_K": random_tensor(
+        Layout("q4_k", group=32, split=32), minima="uint8", super_scales="float16", super_minima="float16"
+    ),
+}
+
+
+@pytest.mark.parametrize("weight", FOR_CPUS.values(), ids=FOR_CPUS.keys())
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_integer_products_are_off_by_the_rounding_of_activations_to_16_bits(weight, tokens):
+    x = np.random.default_rng(3).standard_normal((tokens, INPUTS)).astype(np.float32)
+    x[:, 64:128] = 0
+    assert cpu.supports(tokens, weight)
+    y = np.asarray(cpu.few_tokens(jnp.asarray(x), weight, jnp.dtype("float32")))
+    w = np.asarray(dequantize(weight, "float32")).astype(np.float64)
+    windows = x.reshape(tokens, -1, cpu.WINDOW)
+    step = np.maximum(np.abs(windows).max(axis=-1, keepdims=True) / np.float32(32767), 1e-30)
+    rounded = (np.round(windows / step) * step).astype(np.float64).reshape(x.shape)
+    assert np.abs(rounded - x).max() <= np.abs(x).max() / 65000
+    error = np.abs(y - rounded @ w.T)
+    assert np.all(error <= 2e-6 * np.abs(x).sum() * np.abs(w).max())

@@ -90,7 +90,7 @@ class FakeCore:
         self.aborted: list[str] = []
         self.embedded: list[int] = []  # how many prompts each call had
         self.embedded_without_room = 0  # so many calls still find no room
-        self.closed = False
+        self.closed = self.profiling = False
         self.prompt_tokens = self.generation_tokens = 0
         self.alphabet = self.tokenizer.encode("abcdefghijklmnopqrstuvwxyz")  # or what a test wants to be said
 
@@ -156,6 +156,16 @@ class FakeCore:
 
     def reset_prefix_cache(self) -> bool:
         return not self.groups
+
+    def start_profile(self) -> None:
+        if self.profiling:
+            raise RequestError("start_profile", "a trace is being made")
+        self.profiling = True
+
+    def stop_profile(self) -> None:
+        if not self.profiling:
+            raise RequestError("stop_profile", "no trace is being made")
+        self.profiling = False
 
     def stats(self) -> Stats:
         return Stats(self)

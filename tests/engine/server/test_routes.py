@@ -134,3 +134,13 @@ def test_without_the_key_every_route_but_health_is_closed(locked: Server, key, p
 def test_any_key_opens(locked: Server, key):
     assert locked.http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
     assert httpx.get(f"{locked.url}/health").status_code == 200
+
+
+def test_a_profile_is_begun_and_ended_and_wrong_turns_are_told(server: Server):
+    assert server.http.post("/stop_profile").status_code == 400
+    assert server.http.post("/start_profile").status_code == 200
+    assert server.core.profiling
+    again = server.http.post("/start_profile")
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "start_profile")
+    assert server.http.post("/stop_profile").status_code == 200
+    assert server.is_serving()

@@ -6,10 +6,15 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
+from engine.command_line import normalize
 from engine.config import EngineConfig
-from engine.serve import FLAGS, normalize
+from engine.serve import define
 from engine.server import ServerOptions
+
+FLAGS = flags.FlagValues()
+define(FLAGS)
 
 
 @pytest.mark.parametrize(
@@ -25,11 +30,11 @@ from engine.server import ServerOptions
     ],
 )
 def test_dashes_and_underscores_are_alike(given, meant):
-    assert normalize(["serve", given]) == ["serve", meant]
+    assert normalize(["serve", given], FLAGS) == ["serve", meant]
 
 
 def test_what_follows_two_dashes_is_left_alone():
-    assert normalize(["serve", "--a-b", "--", "--c-d"]) == ["serve", "--a_b", "--", "--c-d"]
+    assert normalize(["serve", "--a-b", "--", "--c-d"], FLAGS) == ["serve", "--a_b", "--", "--c-d"]
 
 
 def test_every_setting_of_the_server_that_has_a_flag_has_the_flags_default():

@@ -49,14 +49,35 @@ def races_found() -> bool:
     return interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found
 
 
-@pytest.mark.parametrize(("case", "dtype"), CASES, ids=lambda x: x.name if isinstance(x, Case) else x)
-def test_kernel_agrees_with_the_reference(case: Case, dtype: str):
+def agree(case: Case, dtype: str) -> None:
+    """Fails unless the kernel gives what the reference gives, without races, and leaves others' pages as they were."""
     got, wanted, after, before, owned = run(case, interpreted(), dtype, fill=fill)
     assert np.abs(got - wanted).max() < TOLERANCE[dtype]
     assert not races_found()
     others = np.setdiff1d(np.arange(after.shape[0]), owned)
     as_bytes = lambda pages: np.asarray(pages[np.append(others, 0)]).view(np.uint8)
     np.testing.assert_array_equal(as_bytes(after), as_bytes(before))
+
+
+@pytest.mark.parametrize(("case", "dtype"), CASES, ids=lambda x: x.name if isinstance(x, Case) else x)
+def test_kernel_agrees_with_the_reference(case: Case, dtype: str):
+    agree(case, dtype)
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_options_together(data):
+    """Options that have a case of their own above, in any combination, for rows of any lengths."""
+    draw = lambda *choices: data.draw(st.sampled_from(choices))
+    heads = draw(1, 2, 4), draw(1, 2, 3, 4), draw(64, 80, 96, 128, 192, 256)
+    options = spec(*heads, window=draw(None, 1, 50, 300), soft_cap=draw(None, 5.0))
+    before = st.integers(0, 700)
+    rows = data.draw(st.lists(st.tuples(st.just(1), before), min_size=1, max_size=3))
+    rows += data.draw(st.lists(st.tuples(st.integers(2, 40), before), max_size=2))
+    kv_dtype = draw(None, "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2", "int8")
+    scales = kv_dtype == "int8" or (kv_dtype is not None and data.draw(st.booleans()))
+    page, sinks = draw(8, 16, 32, 64, 128, 256), data.draw(st.booleans())
+    agree(Case("any", options, tuple(rows), page, sinks, kv_dtype, scales), draw("float32", "bfloat16"))
 
 
 PAGE, PAGES, TOKENS, SIZES = 64, 220, 64, spec(1, 2, 64)

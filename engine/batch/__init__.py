@@ -1,0 +1,1 @@
+"""Batch files in OpenAI's format, answered by the engine in process: `python -m engine.batch`."""

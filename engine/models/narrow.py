@@ -1,0 +1,168 @@
+"""Which parameters may be stored in few bits, and what arrays each then is: a plan that loading and compiling share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from engine.models.config import ModelConfig
+from engine.models.params import Params, ParamSpec, map_specs, param_specs, random_params
+from kernels.quantized import SPLIT, SUPER, Joined, Layout, QuantizedTensor, quantize
+
+Path = tuple[Any, ...]
+
+# The parameters that are weights of products, and which of their axes those sum over. The router is not among them: its
+# choice must not hang on rounding; nor are the two halves of latent attention's kv_b, which meet queries and values.
+INPUTS: dict[str, tuple[int, ...]] = {
+    "embed": (1,), "lm_head": (1,), "qkv": (0,), "out": (0, 1, 2), "gate_up": (0,), "down": (0,), "q": (0,),
+    "q_a": (0,), "q_b": (0,), "kv_a": (0,), "experts_gate_up": (1,), "experts_down": (1,), "shared_gate_up": (0,),
+    "shared_down": (0,),
+}  # fmt: skip
+VOCABULARY = ("embed", "lm_head")
+
+# What a setting makes of a checkpoint in 16 or 32 bits. The vocabulary stays as it is.
+ONLINE = {
+    "int8": Layout("int8"),
+    "int8_w8a8": Layout("int8", activations="token"),
+    "fp8": Layout("fp8", activations="token"),
+    "fp8_block": Layout("fp8", group=128, rows=128, activations="token_group"),
+    "int4": Layout("int4", group=128, split=SPLIT),
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a parameter is stored: its layout, and the names and dtypes of a QuantizedTensor's arrays."""
+
+    layout: Layout
+    arrays: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A parameter in pieces along an axis of its outputs, some of which may be plain (None): (first, end, storage)."""
+
+    axis: int  # of the parameter
+    pieces: tuple[tuple[int, int, Storage | None], ...]
+
+
+Plan = Mapping[Path, Storage | Split]
+
+
+def outputs_of(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """A parameter's name and shape -> the axes of its storage that come first, experts and outputs, and its inputs."""
+    inputs = INPUTS[name]
+    return tuple(size for i, size in enumerate(shape) if i not in inputs), math.prod(shape[i] for i in inputs)
+
+
+def fit(layout: Layout, name: str, shape: tuple[int, ...], platform: str, dtype: str) -> Layout:
+    """-> the layout with groups, rows and split that divide a parameter of this shape.
+
+    Packed weights are split in runs of 32 on a CPU, whose integer products want it, else by as much as fits.
+    """
+    outputs, inputs = outputs_of(name, shape)
+    split = math.gcd(32 if platform == "cpu" else 128, inputs // 2) if layout.packing == 2 else 0
+    group = None if layout.group is None else math.gcd(layout.group, inputs)
+    return replace(layout, group=group, rows=math.gcd(layout.rows, outputs[-1]), split=split, dtype=dtype)
+
+
+def online_plan(config: ModelConfig, method: str, platform: str, dtype: str) -> dict[Path, Storage]:
+    """-> how a model is stored that is quantized by `method`, one of ONLINE, while it is loaded."""
+    plan: dict[Path, Storage] = {}
+    narrow = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "uint8"}
+
+    def one(path: Path, spec: ParamSpec) -> None:
+        if path[-1] in INPUTS and path[-1] not in VOCABULARY:
+            layout = fit(ONLINE[method], path[-1], spec.shape, platform, dtype)
+            plan[path] = Storage(layout, (("values", narrow[layout.format]), ("scales", "float32")))
+
+    map_specs(one, param_specs(config))
+    return plan
+
+
+def width(name: str, inputs: int, layout: Layout) -> int:
+    """-> how many entries an array of a QuantizedTensor has for K inputs."""
+    per_entry = {"values": layout.packing, "high": 4, "super_scales": SUPER, "super_minima": SUPER}
+    return inputs // per_entry.get(name, layout.group or inputs)
+
+
+def array_shape(name: str, outputs: tuple[int, ...], inputs: int, layout: Layout) -> tuple[int, ...]:
+    """-> the shape of one of a QuantizedTensor's arrays."""
+    last = outputs[-1] // layout.rows if name == "scales" else outputs[-1]
+    return (*outputs[:-1], last, width(name, inputs, layout))
+
+
+def abstract_narrow(config: ModelConfig, dtype: str, plan: Plan) -> Params:
+    """As `params.abstract_params`, for a model of which `plan` says what is stored in few bits."""
+
+    def stored(path: Path, shape: tuple[int, ...], storage: Storage) -> QuantizedTensor:
+        outputs, inputs = outputs_of(path[-1], shape)
+        arrays: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct(array_shape(name, outputs, inputs, storage.layout), kind)
+            for name, kind in storage.arrays
+        }
+        return QuantizedTensor(storage.layout, **arrays)
+
+    def one(path: Path, spec: ParamSpec) -> Any:
+        how = plan.get(path)
+        if how is None:
+            return jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype)
+        if isinstance(how, Storage):
+            return stored(path, spec.shape, how)
+        pieces = []
+        for first, end, storage in how.pieces:
+            shape = (*spec.shape[: how.axis], end - first, *spec.shape[how.axis + 1 :])
+            plain = jax.ShapeDtypeStruct(shape, spec.dtype or dtype)
+            pieces.append(stored(path, shape, storage) if storage else plain)
+        return joined(path, how, pieces)
+
+    return map_specs(one, param_specs(config))
+
+
+def random_narrow(config: ModelConfig, dtype: str, seed: int, plan: Plan) -> Params:
+    """As `params.random_params`, quantized one by one as `plan`, which has no splits, says."""
+
+    def one(path: Path, spec: ParamSpec, wide: jax.Array) -> Any:
+        how = plan.get(path)
+        return narrowed(wide, INPUTS[path[-1]], how.layout) if isinstance(how, Storage) else wide
+
+    return random_params(config, dtype, seed, one)
+
+
+def joined(path: Path, how: Split, pieces: list[Any]) -> Joined:
+    """-> a parameter's pieces as one weight."""
+    axis = how.axis - sum(i < how.axis for i in INPUTS[path[-1]])
+    return Joined(axis, tuple(pieces))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def narrowed(weight: jax.Array, inputs: tuple[int, ...], layout: Layout) -> QuantizedTensor:
+    """A parameter as the model sees it, whose `inputs` are summed over -> the same, quantized."""
+    outputs = [i for i in range(weight.ndim) if i not in inputs]
+    ordered = weight.transpose(*outputs, *inputs)
+    return quantize(ordered.reshape(*(weight.shape[i] for i in outputs), -1), layout)
+
+
+def describe(params: Params) -> str:
+    """-> what the weights of a tree of parameters are stored as, and how large each kind is, in words."""
+    kinds: dict[str, int] = {}
+    for leaf in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QuantizedTensor)):
+        kind = layout_name(leaf.layout) if isinstance(leaf, QuantizedTensor) else str(jnp.dtype(leaf.dtype))
+        kinds[kind] = kinds.get(kind, 0) + sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf))
+    largest = sorted(kinds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {count / 2**20:.0f} MiB" for kind, count in largest)
+
+
+def layout_name(layout: Layout) -> str:
+    """-> a layout in words."""
+    scales = "a scale per output" if layout.group is None else f"groups of {layout.group}"
+    if layout.rows > 1 and layout.group:
+        scales = f"blocks of {layout.rows} x {layout.group}"
+    narrow = {"none": "", "token": ", activations too", "token_group": ", activations too"}[layout.activations]
+    return f"{layout.format} ({scales}{narrow})"

@@ -1,0 +1,148 @@
+"""Products with quantized weights on NVIDIA GPUs: which kernel serves a format and a batch, and its tile."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels.cuda import hopper_narrow
+from kernels.cuda.activations import narrow
+from kernels.cuda.matrix import Tile
+from kernels.cuda.narrow import narrow_product
+from kernels.cuda.packed import packed_product, supports
+from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
+from kernels.tuned import file_name, found_for
+
+THIN = 64  # tokens up to which reading the weight takes longest
+FEW_OUTPUTS = 8192  # of which tiles of 64 are fewer than a large GPU's multiprocessors
+SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor that a program may have
+KERNELS = ("triton", "inside", "hopper", "library")
+CHANNEL, BLOCK, PACKED = "channel", "block", "packed"  # what kernels tell apart
+
+
+class Plan(NamedTuple):
+    """How a product is computed.
+
+    kernel: "triton" unpacks weights, or takes activations that were made narrow before; "inside" makes them narrow in
+    each program; "hopper" is Mosaic's; "library" leaves the product to XLA, which calls cuBLAS.
+    """
+
+    kernel: str
+    tile: Tile = Tile(16, 64, 128)
+
+
+def kind_of(weight: QuantizedTensor) -> str | None:
+    """-> the kind of a weight's product, or None where no kernel serves it."""
+    layout, groups = weight.layout, weight.scales.shape[-1]
+    if layout.activations == "none":
+        return PACKED if supports(weight) is None else None
+    if layout.activations == "token":
+        return CHANNEL if groups == 1 and layout.packing == 1 else None
+    group = weight.inputs // groups
+    return BLOCK if layout.format == "fp8" and group >= 32 and group & (group - 1) == 0 else None
+
+
+def default_plan(kind: str, M: int, N: int, K: int, group: int) -> Plan:
+    """-> what serves M tokens where nothing was tuned. `group`: inputs that share a scale.
+
+    Few tokens: a weight with few outputs is split over its inputs, so that every multiprocessor has some of it.
+    """
+    if (kind == CHANNEL and M > 16) or (kind == PACKED and M > 128):
+        return Plan("library")
+    splits = 4 if N <= FEW_OUTPUTS and K % (4 * 256) == 0 else 1
+    if kind == BLOCK and group == hopper_narrow.BLOCK and (THIN if splits > 1 else 16) < M and on_hopper():
+        rows, columns, stages = (64, 256, 4) if M <= 256 else (128, 128, 5)
+        if hopper_narrow.supports(N, K, rows):
+            return Plan("hopper", Tile(rows, columns, 128, stages=stages))
+    rows = max(16, min(128, 1 << (M - 1).bit_length()))
+    if M > THIN:
+        return Plan("triton", Tile(rows, 128, 128, warps=8, stages=3))
+    return Plan("triton", Tile(rows, 64, 128, splits, stages=5 if rows == 16 else 4))
+
+
+def dtype_name(weight: QuantizedTensor) -> str:
+    """-> a weight's format, as names of tuned files have it."""
+    layout = weight.layout
+    group = f"{weight.inputs // weight.scales.shape[1]}x{layout.rows}"
+    extra = [name for name in ("zeros", "minima") if getattr(weight, name) is not None]
+    return " ".join([layout.format, group, layout.activations, *extra])
+
+
+def tuned_plan(kind: str, weight: QuantizedTensor, M: int, device: str) -> Plan:
+    """-> what was found to be best for a device and a batch, or else the default."""
+    N, K = weight.values.shape[0], weight.inputs
+    name = file_name("product", {"N": N, "K": K}, dtype_name(weight), device)
+    entry = found_for(name, M)
+    if entry is None:
+        return default_plan(kind, M, N, K, K // weight.scales.shape[1])
+    return plan_of(entry, name)
+
+
+def plan_of(entry: dict[str, Any], name: str) -> Plan:
+    """-> a file's entry. Errors: ValueError that names the file."""
+    sizes = {key: value for key, value in entry.items() if key not in ("kernel", "us", "default_us")}
+    if entry.get("kernel") not in KERNELS or set(sizes) - set(Tile._fields):
+        raise ValueError(f"kernels/tuned/{name}: {entry} names no kernel and tile; remove the file or tune again")
+    return Plan(entry["kernel"], Tile(**sizes))
+
+
+def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
+    """x [M, K], weight [N, K] -> [M, N] in `dtype`, by the kernel that is best for this GPU."""
+    kind = kind_of(weight)
+    device = jax.local_devices()[0].device_kind
+    plan = Plan("library") if kind is None else tuned_plan(kind, weight, x.shape[0], device)
+    if plan.kernel == "hopper" and not hopper_narrow.supports(weight.values.shape[0], weight.inputs):
+        plan = Plan("triton", Tile(128, 128, 128, warps=8, stages=3))
+    return multiply(x, weight, dtype, plan)
+
+
+def on_hopper() -> bool:
+    device = jax.local_devices()[0]
+    return device.platform == "gpu" and str(device.compute_capability).startswith("9.")
+
+
+def multiply(
+    x: Array,
+    weight: QuantizedTensor,
+    dtype: jnp.dtype,
+    plan: Plan,
+    *,
+    interpret: bool = False,
+    multiprocessors: int | None = None,
+) -> Array:
+    """x [M, K], weight [N, K] -> [M, N] in `dtype`, as the plan says."""
+    layout, kernel, tile = weight.layout, plan.kernel, plan.tile
+    if kernel == "library" or kind_of(weight) is None:
+        return library_product(x, weight, dtype)
+    if layout.activations == "none":
+        return packed_product(x, weight, dtype, tile=tile, interpret=interpret)
+    if kernel == "inside":
+        return narrow_product(x, None, weight.values, weight.scales, dtype, tile=tile, interpret=interpret)
+    if layout.activations == "token":
+        values, scales = quantize_activations(x, layout)
+        scales = scales.T
+    else:
+        values, scales = narrow(x, weight.inputs // weight.scales.shape[1], interpret=interpret)
+    if kernel == "hopper":
+        processors: Any = multiprocessors or jax.local_devices()[0].core_count  # type: ignore[attr-defined]
+        return hopper_narrow.block_product(
+            values, scales, weight.values, weight.scales.astype(jnp.float32), jnp.dtype(dtype),
+            rows=tile.rows, stages=tile.stages, multiprocessors=processors,
+        )  # fmt: skip
+    return narrow_product(values, scales, weight.values, weight.scales, dtype, tile=tile, interpret=interpret)
+
+
+def library_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
+    """As `multiply`, by XLA: narrow numbers to cuBLAS if scales are by token and channel, else unpacked in memory."""
+    layout = weight.layout
+    dot = lambda a, b, wide: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+    if layout.activations != "token" or weight.scales.shape[1] > 1:
+        return dot(x, dequantize(weight, x.dtype), dtype)
+    values, scales = quantize_activations(x, layout)
+    # FP8's sums are rounded to x's dtype before they are scaled: as float32 they would be written and read again.
+    y = dot(values, weight.values, jnp.int32 if layout.format == "int8" else x.dtype)
+    columns = jnp.repeat(weight.scales[:, 0].astype(jnp.float32), layout.rows, total_repeat_length=y.shape[1])
+    return (y.astype(jnp.float32) * scales * columns[None]).astype(dtype)

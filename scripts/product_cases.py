@@ -1,0 +1,89 @@
+"""Products that scripts measure: shapes, random weights of every format, and how long one takes on a device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from machine import seconds
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from kernels.product import reference
+from kernels.quantized import Layout, QuantizedTensor, quantize
+
+LLAMA_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # qkv, out, gate and up, down: [N, K]
+LAYOUTS = {
+    "fp8_block": Layout("fp8", 128, 128, "token_group"),
+    "fp8": Layout("fp8", activations="token"),
+    "int8_w8a8": Layout("int8", activations="token"),
+    "int8": Layout("int8"),
+    "q8_0": Layout("int8", 32),
+    "int4": Layout("int4", 128, split=128),
+    "int4_32": Layout("int4", 32, split=128),
+}
+FORMATS = (*LAYOUTS, "mxfp4", "q4_k", "q6_k")
+READ = 64 << 20  # bytes of weights that are read in turn: more than the second-level cache has
+TURNS = 8  # times that they are, in one launch
+LIMIT = 1e-2  # of the relative error in bfloat16
+
+Run = Callable[[jax.Array, Any], jax.Array]  # x, weight -> product
+
+
+def random_weight(name: str, N: int, K: int) -> QuantizedTensor:
+    """-> a weight of one of FORMATS."""
+    if name in LAYOUTS:
+        return jax.jit(quantize, static_argnums=1)(jax.random.normal(jax.random.key(1), (N, K)), LAYOUTS[name])
+    bits = lambda i, *shape: jax.random.bits(jax.random.key(i), shape, jnp.uint8)
+    half = lambda i, *shape: jax.random.uniform(jax.random.key(i), shape, minval=1e-3, maxval=2e-3).astype(jnp.float16)
+    values = bits(2, N, K // 2)
+    if name == "mxfp4":
+        return QuantizedTensor(Layout(name, 32, split=128), values, bits(3, N, K // 32) // 16 + 112)
+    supers = half(4, N, K // 256)
+    if name == "q4_k":
+        minima = {"minima": bits(5, N, K // 32) // 4, "super_minima": half(6, N, K // 256)}
+        layout = Layout(name, 32, split=128)
+        return QuantizedTensor(layout, values, bits(7, N, K // 32) // 4, super_scales=supers, **minima)
+    scales = bits(8, N, K // 16).astype(jnp.int8)
+    return QuantizedTensor(Layout("q6_k", 16, split=128), values, scales, high=bits(9, N, K // 4), super_scales=supers)
+
+
+def copies_of(weight: Any) -> list[Any]:
+    """-> so many copies of a weight that reading them in turn finds none in the cache."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+    return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(max(1, min(7, READ // size))))]
+
+
+def compiled(run: Run, x: jax.Array, copies: list[Any], options: dict[str, Any] | None = None) -> Any:
+    """-> an executable (x, copies) -> the product with each copy, after TURNS rounds of them.
+
+    The rounds are a loop on the device, which the host does not hold up. Each copy has tokens and a result of its own,
+    so that the compiler leaves none out, nor what makes activations narrow.
+    """
+
+    def rounds(x: jax.Array, copies: list[Any]) -> list[jax.Array]:
+        tokens = list(jax.lax.optimization_barrier(tuple(jnp.roll(x, i, axis=0) for i in range(len(copies)))))
+        tokens[0] = x
+        y = jax.eval_shape(run, x, copies[0])
+        empty = [jnp.zeros(y.shape, y.dtype) for _ in copies]
+        multiply = lambda _, ys: [run(*pair) for pair in zip(tokens, copies, strict=True)]
+        return jax.lax.fori_loop(0, TURNS, multiply, empty)
+
+    return jax.jit(rounds).lower(x, copies).compile(options)
+
+
+def wanted(x: jax.Array, weight: QuantizedTensor) -> jax.Array:
+    """-> the reference's product. Step by step, since XLA may leave out that numbers were narrow in between."""
+    return reference(x, weight, jnp.dtype(jnp.float32))
+
+
+def relative_error(got: jax.Array, expected: jax.Array) -> float:
+    return float(jnp.max(jnp.abs(got.astype(jnp.float32) - expected)) / jnp.max(jnp.abs(expected)))
+
+
+def time_of(executable: Any, x: jax.Array, copies: list[Any]) -> float:
+    """-> seconds of one product."""
+    return seconds(executable, x, copies, repeat=3, rounds=3) / (TURNS * len(copies))

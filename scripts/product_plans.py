@@ -1,0 +1,76 @@
+"""The ways to compute a product on a GPU that a search goes through, and which of them cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from product_cases import QuantizedTensor
+
+from kernels.cuda import hopper_narrow
+from kernels.cuda.matrix import Tile
+from kernels.cuda.product import BLOCK, CHANNEL, PACKED, SHARED_MEMORY, Plan, kind_of, on_hopper
+
+REGISTERS = 255  # of a thread
+FIELDS = ("columns", "splits", "warps", "depth", "stages", "swapped")  # of a tile, in the order of their weight
+VALUES = {
+    "columns": (16, 32, 64, 128, 256),
+    "splits": (1, 2, 4, 8),
+    "warps": (2, 4, 8),
+    "depth": (64, 128, 256),
+    "stages": (3, 4, 5, 6, 8),
+    "swapped": (False, True),
+}
+
+
+def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
+    """-> the default, and one plan of every other kernel that takes the product."""
+    kind, N, K = kind_of(weight), weight.values.shape[0], weight.inputs
+    rows = max(16, min(128, 1 << (M - 1).bit_length()))
+    tile = Tile(rows, 64, 128) if rows <= 64 else Tile(rows, 128, 128, warps=8, stages=3)
+    found = [default, Plan("triton", tile)]
+    if kind == BLOCK and M <= 16:
+        found.append(Plan("inside", tile))
+    if kind == BLOCK and M > 16 and K // weight.scales.shape[1] == hopper_narrow.BLOCK and on_hopper():
+        each = ((128, 128, (4, 5, 6)), (64, 256, (3, 4)))
+        shapes = [(rows, columns, stages) for rows, columns, many in each for stages in many]
+        found += [Plan("hopper", Tile(r, c, 128, stages=s)) for r, c, s in shapes if hopper_narrow.supports(N, K, r)]
+    if kind == CHANNEL or (kind == PACKED and M >= 256):
+        found.append(Plan("library"))
+    return list(dict.fromkeys(plan for plan in found if fits(plan, weight)))
+
+
+def neighbours(plan: Plan, field: str, weight: QuantizedTensor) -> Iterator[Plan]:
+    """-> the plan with other values of one field of its tile, those that fit."""
+    if plan.kernel in ("library", "hopper"):
+        return
+    for value in VALUES[field]:
+        other = plan._replace(tile=plan.tile._replace(**{field: value}))
+        if other != plan and fits(other, weight):
+            yield other
+
+
+def fits(plan: Plan, weight: QuantizedTensor) -> bool:
+    """-> whether a plan cuts the product into whole parts that have room: known without compiling it."""
+    kernel, tile = plan
+    if kernel in ("library", "hopper"):
+        return True
+    layout, K, N = weight.layout, weight.inputs, weight.values.shape[0]
+    kind, group = kind_of(weight), K // weight.scales.shape[1]
+    if kind == PACKED and layout.packing == 2:
+        if tile.depth != 128:  # it has no meaning there: one value is enough
+            return False
+        depth = 2 * layout.split
+    else:
+        depth = tile.depth
+    if K % (depth * tile.splits) or (max(depth, group) % min(depth, group)) or tile.columns > N:
+        return False
+    if kind == BLOCK and max(tile.columns, layout.rows) % min(tile.columns, layout.rows):
+        return False
+    if kernel == "inside" and depth < group:
+        return False
+    wide = 1 if kind != PACKED and kernel == "triton" else 2
+    bytes_of_stage = tile.rows * depth * wide + tile.columns * depth // layout.packing
+    threads = 32 * tile.warps
+    # Sums twice, since a turn's are added to the others', and a turn's weights as pairs of 16 bits.
+    registers = (2 * tile.rows * tile.columns + tile.columns * depth // (2 * layout.packing)) // threads
+    return tile.stages * bytes_of_stage <= SHARED_MEMORY and registers <= REGISTERS

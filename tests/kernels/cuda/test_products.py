@@ -1,0 +1,120 @@
+"""The GPU's products with quantized weights against the reference, in interpret mode; and which plan serves what."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.cuda import hopper_narrow
+from kernels.cuda.activations import narrow
+from kernels.cuda.matrix import Tile
+from kernels.cuda.product import BLOCK, KERNELS, Plan, default_plan, kind_of, multiply, plan_of, tuned_plan
+from kernels.product import reference
+from kernels.quantized import quantize_activations
+from tests.kernels.cuda.test_lowering import H200
+from tests.kernels.weights import FORMATS, random_weight
+
+N, K = 192, 512
+TILES = (Tile(16, 64, 128), Tile(16, 128, 64, splits=2), Tile(32, 64, 64, splits=2, swapped=True))
+float32 = jnp.dtype(jnp.float32)
+
+
+def tokens(count: int, inputs: int = K) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(1).standard_normal((count, inputs)), jnp.bfloat16)
+
+
+def relative(got: jax.Array, wanted: jax.Array) -> float:
+    return float(jnp.max(jnp.abs(got - wanted)) / jnp.max(jnp.abs(wanted)))
+
+
+@pytest.mark.parametrize(("name", "tile"), list(zip(FORMATS, TILES * 5, strict=True)))
+def test_a_product_is_the_references(name, tile):
+    outputs = 256 if name == "fp8, blocks" else N
+    weight, x = random_weight(name, outputs, K), tokens(21)
+    got = multiply(x, weight, float32, Plan("triton", tile), interpret=True)
+    # The kernel scales whole numbers after their product, where the reference rounds each weight to bfloat16.
+    assert relative(got, reference(x, weight, float32)) < 3e-3
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_activations_that_programs_make_narrow_themselves_give_the_same(splits, swapped):
+    weight, x = random_weight("fp8, blocks", 256, K), tokens(5)
+    tile = Tile(16, 64, 128, splits, swapped=swapped)
+    given, inside = (multiply(x, weight, float32, Plan(k, tile), interpret=True) for k in ("triton", "inside"))
+    np.testing.assert_allclose(inside, given, atol=1e-5 * float(jnp.max(jnp.abs(given))))
+
+
+def test_a_group_of_zeros_stays_zero():
+    values, scales = narrow(jnp.zeros((3, 256), jnp.bfloat16), 128, interpret=True)
+    assert not np.any(np.asarray(values, np.float32))
+    assert np.all(np.isfinite(scales))
+
+
+def test_narrow_activations_are_the_references():
+    weight, x = random_weight("fp8, blocks", 256, K), tokens(40)
+    values, scales = narrow(x, 128, interpret=True)
+    wanted, wanted_scales = quantize_activations(x, weight.layout)
+    np.testing.assert_array_equal(scales.T, wanted_scales)
+    np.testing.assert_array_equal(values.astype(float32), wanted.astype(float32))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_a_kernel(name):
+    assert kind_of(random_weight(name, 256, K)) is not None
+
+
+@pytest.mark.skipif(H200 is None, reason="this JAX cannot lower for a GPU that is not there")
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_lower_for_a_gpu(name):
+    weight = jax.eval_shape(lambda: random_weight(name, 1024, 1024))
+    for count in (1, 32):
+        x = jax.ShapeDtypeStruct((count, 1024), jnp.bfloat16)
+        run = jax.jit(partial(multiply, dtype=jnp.dtype(jnp.bfloat16), plan=Plan("triton", Tile(16, 64, 128))))
+        with jax.sharding.use_abstract_mesh(H200):
+            assert "triton" in run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(H200 is None, reason="this JAX cannot lower for a GPU that is not there")
+@pytest.mark.skipif(not hopper_narrow.supports(1024, 1024), reason="the kernel is for another JAX")
+@pytest.mark.parametrize("rows", [64, 128])
+def test_hoppers_own_product_lowers(rows):
+    weight = jax.eval_shape(lambda: random_weight("fp8, blocks", 1024, 1024))
+    x = jax.ShapeDtypeStruct((300, 1024), jnp.bfloat16)
+    plan = Plan("hopper", Tile(rows, 128, 128, stages=4))
+    run = jax.jit(partial(multiply, dtype=jnp.dtype(jnp.bfloat16), plan=plan, multiprocessors=132))
+    with jax.sharding.use_abstract_mesh(H200):
+        assert "mosaic_gpu" in run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("count", [1, 8, 17, 64, 100, 2000])
+def test_default_plans_cut_products_into_whole_turns(name, count):
+    for inputs in (512, 1536, 14336 // 8):
+        if inputs % 256 and name not in ("int8", "fp8, narrow activations", "int8, narrow activations"):
+            continue
+        weight = jax.eval_shape(lambda: random_weight(name, 256, 256))
+        plan = default_plan(kind_of(weight) or "", count, 4096, inputs, 128)
+        assert plan.kernel in KERNELS
+        assert inputs % (plan.tile.depth * plan.tile.splits) == 0
+        assert plan.kernel != "inside" or kind_of(weight) == BLOCK
+
+
+def test_a_tuned_plan_is_that_of_the_nearest_batch(tmp_path, monkeypatch):
+    from kernels import tuned
+
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    weight = random_weight("int4", N, K)
+    assert tuned_plan("packed", weight, 8, "some GPU") == default_plan("packed", 8, N, K, 128)
+    name = "product,N=192,K=512,int4 128x1 none,some_GPU.json"
+    entry = {"kernel": "triton", "rows": 16, "columns": 32, "depth": 128, "us": 3.5}
+    tuned.write(tmp_path / name, {1: entry, 64: entry | {"rows": 64}})
+    tuned._read.cache_clear()
+    assert tuned_plan("packed", weight, 8, "some GPU") == Plan("triton", Tile(16, 32, 128))
+    assert tuned_plan("packed", weight, 60, "some GPU").tile.rows == 64
+    with pytest.raises(ValueError, match="names no kernel"):
+        plan_of({"kernel": "triton", "bogus": 1}, name)

@@ -71,9 +71,24 @@ class EngineConfig:
         True, "Share KV-cache pages between requests with a common prefix.", kind=bool
     )
     scheduling_policy: str = _setting("fcfs", "Who runs first.", choices=("fcfs", "priority"))
-    tensor_parallel_size: int = _setting(1, "Devices that share each layer; 1 is supported so far.", low=1, kind=int)
-    pipeline_parallel_size: int = _setting(1, "Stages of layers; 1 is supported so far.", low=1, kind=int)
-    data_parallel_size: int = _setting(1, "Replicas of the engine; 1 is supported so far.", low=1, kind=int)
+    tensor_parallel_size: int = _setting(1, "Devices that share each layer.", low=1, kind=int)
+    pipeline_parallel_size: int = _setting(1, "Stages of layers, each on devices of its own.", low=1, kind=int)
+    data_parallel_size: int = _setting(1, "Replicas of the engine, each on devices of its own.", low=1, kind=int)
+    parallel: str = _setting(
+        "manual", "auto: choose the three sizes by how the devices are connected.", choices=("manual", "auto")
+    )
+    enable_expert_parallel: bool = _setting(
+        False, "Spread whole experts over the devices of a layer, instead of a part of each one's width.", kind=bool
+    )
+    coordinator_address: str | None = _setting(
+        None, "HOST:PORT of process 0, where jax.distributed joins the processes of one engine."
+    )
+    num_processes: int | None = _setting(None, "Processes of one engine, usually one a host.", low=2, kind=int)
+    process_id: int | None = _setting(None, "Which of them this is; 0 serves requests and plans.", low=0, kind=int)
+    control_address: str | None = _setting(
+        None, "HOST:PORT where process 0 listens for the others, and they find it; an address of a private network."
+    )
+    secret_file: str | None = _setting(None, "A file with the secret by which the processes know each other.")
     attention_backend: str = _setting("auto", "A name of kernels.attention.BACKENDS.")
     speculative_config: Mapping[str, Any] | None = _setting(
         None, "JSON: method (" + ", ".join(METHODS) + "), num_speculative_tokens, and the method's own.", kind=dict
@@ -107,9 +122,22 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.block_size is not None and self.block_size not in PAGE_SIZES:
             raise ValueError(f"block_size: must be one of {PAGE_SIZES}, got {self.block_size}")
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ValueError(f"{name}: only 1 is supported so far, got {getattr(self, name)}")
+        sizes = (self.tensor_parallel_size, self.pipeline_parallel_size, self.data_parallel_size)
+        if self.parallel == "auto" and sizes != (1, 1, 1):
+            raise ValueError("parallel: auto chooses the sizes; leave tensor_, pipeline_ and data_parallel_size out")
+        together = ("coordinator_address", "num_processes", "process_id", "control_address", "secret_file")
+        given = [name for name in together if getattr(self, name) is not None]
+        if given and len(given) < len(together):
+            missing = next(name for name in together if name not in given)
+            raise ValueError(f"{missing}: must be given with {given[0]}; {', '.join(together)} belong together")
+        if self.num_processes is not None and self.process_id is not None:
+            if self.process_id >= self.num_processes:
+                raise ValueError(f"process_id: must be below num_processes {self.num_processes}, got {self.process_id}")
+            if self.data_parallel_size > 1:
+                raise ValueError(
+                    f"data_parallel_size: {self.data_parallel_size} replicas in {self.num_processes} processes are not "
+                    "supported; run a server for each replica"
+                )
         if self.speculative_config is not None:
             read_speculative_config(self.speculative_config)
 

@@ -30,6 +30,7 @@ def convert(source: str, destination: Path, dtype: str, revision: str | None = N
     import jax
     from jax.sharding import SingleDeviceSharding
 
+    from engine.models.placement import whole
     from engine.weights.hub import locate
     from engine.weights.load import load_params, open_checkpoint
     from engine.weights.orbax import check_free, save
@@ -38,7 +39,7 @@ def convert(source: str, destination: Path, dtype: str, revision: str | None = N
     path = locate(source, revision)
     checkpoint = open_checkpoint(path)
     host = SingleDeviceSharding(jax.devices("cpu")[0])
-    params = load_params(checkpoint, dtype, lambda path, spec: host)
+    params = load_params(checkpoint, dtype, whole(checkpoint.config, lambda path, spec: host))
     return save(params, checkpoint.config, path, destination)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.detokenizer import Detokenizer
+from engine.hosts.leader import Leader
 from engine.models.config import ModelConfig
 from engine.pages import PagePool
 from engine.pooling import Pooler
@@ -173,6 +174,14 @@ class EngineCore:
 
     # Steps
 
+    def failure(self) -> Exception | None:
+        """-> why the engine can do nothing more, though its thread may still be waiting for its devices."""
+        return self.runner.peers.failure if isinstance(self.runner.peers, Leader) else None
+
+    def is_ready(self) -> bool:
+        """-> whether `step` would not wait for the device."""
+        return self._in_flight is None or self.runner.is_done(self._in_flight)
+
     def step(self) -> list[Update]:
         """Launch the next step, then read the one before. -> what that one added."""
         updates = []
@@ -314,6 +323,7 @@ class EngineCore:
         if self._in_flight is not None:
             self.runner.collect(self._in_flight)
             self._in_flight = None
+        self.runner.close()
 
     def _forget(self, request: Request) -> None:
         """A request has ended."""

@@ -38,7 +38,7 @@ class ExecutableCache:
     def __init__(self, root: Path | None, device: Any, *identity: Any):
         settings = [(name, getattr(jax.config, name)) for name in JAX_SETTINGS]
         environment = [(name, os.environ.get(name)) for name in ENVIRONMENT]
-        parts = (_sources(), jax.__version__, version("jaxlib"), _device(device), settings, environment, *identity)
+        parts = (source_hash(), jax.__version__, version("jaxlib"), _device(device), settings, environment, *identity)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
         self.folder = None if root is None else root / f"steps-{key}"
         self._new: dict[str, Any] = {}  # compiled, not saved yet
@@ -109,7 +109,7 @@ def _drop_oldest(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sources() -> str:
+def source_hash() -> str:
     """-> a hash of every file that a step is traced from."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in _source_files(root):

@@ -41,11 +41,12 @@ class MemoryPlan:
 
 def plan_memory(
     config: EngineConfig, resolved: ResolvedConfig, device: Any, *,
-    in_use: int, weights: int, temporaries: int, tables: int, page_bytes: int,
+    in_use: int, weights: int, temporaries: int, tables: int, page_bytes: int, sharers: int = 1,
 ) -> MemoryPlan:  # fmt: skip
     """-> the plan. Errors: ValueError with the numbers and the setting to change, if not even one sequence fits.
 
-    `device` is the jax.Device that holds it all; `in_use`: bytes that others of this process have of it.
+    All counts are of one device, `device`; `in_use`: bytes that others of this process have of it. `sharers`: CPU
+    devices that have this host's memory in common.
     """
     page = resolved.page_size
     least = -(-resolved.max_model_len // page) + 1
@@ -56,7 +57,7 @@ def plan_memory(
         if config.kv_cache_memory_bytes is not None:
             room, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
         elif device.platform == "cpu":
-            room, source = int(_ram_bytes() * CPU_SHARE), "kv_cache_memory_bytes (its default is 10 % of RAM)"
+            room, source = int(ram_bytes() * CPU_SHARE / sharers), "kv_cache_memory_bytes (its default is 10 % of RAM)"
             room = min(room, most * page_bytes)
         else:
             stats = device.memory_stats()
@@ -129,7 +130,7 @@ def _gpu_bytes() -> int | None:
     return None if failed else total.value
 
 
-def _ram_bytes() -> int:
+def ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

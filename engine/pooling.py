@@ -11,6 +11,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from engine.config import ResolvedConfig
+from engine.layout import ALL, EACH
 from engine.models.config import ModelConfig
 from engine.models.params import Params
 from engine.models.transformer import forward
@@ -26,9 +28,11 @@ from engine.pages import PagePool
 from engine.request import NoRoom
 from engine.runner import Runner
 from kernels.attention import Backend, RaggedBatch
+from sharding.axes import Axes
 
 POOLINGS = ("last", "mean", "cls")
 MAX_ROWS = 8  # prompts in one call of the device
+PARTS = (*(field.name for field in dataclasses.fields(RaggedBatch)), "tokens", "positions", "row_of", "weights")
 
 
 @dataclass
@@ -50,7 +54,11 @@ class Pooler:
         self.rows = min(MAX_ROWS, resolved.max_num_seqs)
         most = max(resolved.max_num_batched_tokens, self.rows + 1)  # as many tokens as rows would mean decodes only
         self.sizes = [size for size in (16, 64, 256, 1024, 4096) if self.rows < size < most] + [most]
-        self._forward = jax.jit(_pooled, static_argnums=(0, 1, 2), donate_argnums=4)
+        layout = runner.layout
+        pooled = partial(_pooled, runner.model, runner.backend, self.rows, layout.axes)
+        splits = (layout.param_specs, EACH, ALL)
+        self._forward = jax.jit(layout.spread(pooled, splits, (ALL, EACH)), donate_argnums=1)
+        runner.operations["embed"] = self._run
 
     def embed(self, prompts: Sequence[Sequence[int]], pooling: str, normalize: bool) -> np.ndarray:
         """token ids of each prompt -> [prompts, hidden] float32; of length 1 with `normalize`.
@@ -113,11 +121,15 @@ class Pooler:
             at, row.done = at + row.count, end
         part["write_offset"] = part["positions"] % page_size
         runner = self.runner
-        vectors, caches = self._forward(
-            runner.model, runner.backend, self.rows, runner.params, runner.state.kv_caches, part
-        )
+        vectors = runner.dispatch("embed", *(part[name] for name in PARTS))
+        return list(zip(rows, runner.fetch(vectors), strict=False))
+
+    def _run(self, *arrays: np.ndarray) -> Array:
+        """-> one call's vectors, from the arrays that PARTS names."""
+        runner, part = self.runner, dict(zip(PARTS, arrays, strict=True))
+        vectors, caches = self._forward(runner.params, runner.state.kv_caches, part)
         runner.state = replace(runner.state, kv_caches=caches)
-        return list(zip(rows, np.asarray(vectors), strict=False))
+        return vectors
 
 
 def _weights(pooling: str, count: int) -> np.ndarray:
@@ -130,15 +142,16 @@ def _weights(pooling: str, count: int) -> np.ndarray:
 
 
 def _pooled(
-    config: ModelConfig, backend: Backend, rows: int, params: Params, kv_caches: list[Any], part: dict[str, Array]
-) -> tuple[Array, list[Any]]:
+    config: ModelConfig, backend: Backend, rows: int, axes: Axes,
+    params: Params, kv_caches: list[Any], part: dict[str, Array],
+) -> tuple[Array, list[Any]]:  # fmt: skip
     """-> weighted sums of each row's hidden states [rows, D] float32, and the new caches.
 
     `part`: tokens, positions, row_of [T] i32 and weights [T] f32, and RaggedBatch's arrays under their names. Padding
     is of row `rows`, which is dropped.
     """
     batch = RaggedBatch(**{field.name: part[field.name] for field in dataclasses.fields(RaggedBatch)})
-    hidden, kv_caches = forward(config, backend, params, kv_caches, part["tokens"], part["positions"], batch)
+    hidden, kv_caches = forward(config, backend, params, kv_caches, part["tokens"], part["positions"], batch, axes)
     weights = part["weights"][:, None]
     counted = jnp.where(weights != 0, hidden.astype(jnp.float32) * weights, 0.0)
-    return jax.ops.segment_sum(counted, part["row_of"], rows), kv_caches
+    return axes.stage.last(jax.ops.segment_sum(counted, part["row_of"], rows)), kv_caches

@@ -19,22 +19,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from engine.config import EngineConfig, ResolvedConfig
 from engine.executables import ExecutableCache
+from engine.hosts.join import Peers, encode
+from engine.hosts.leader import Leader
+from engine.hosts.wire import HostLost
+from engine.layout import ALL, EACH, EMPTY, StepLayout
 from engine.memory import RESERVE, MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
-from engine.models.params import Params, abstract_params
-from engine.models.transformer import attention_spec
+from engine.models.narrow import Plan
+from engine.models.params import Params
 from engine.request import Request
 from engine.scheduler import Row, StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
 from engine.speculation import draft_model
-from engine.speculation.checkpoint import abstract_draft
 from engine.speculation.drafter import Drafter
-from engine.speculation.step import speculating_step
-from engine.step import DeviceState, StepOutput, step, write_page_table, write_slot
+from engine.step import DeviceState, StepOutput, write_page_table, write_slot
 from engine.step_input import (
     TABLE_ROWS,
     BatchBuilder,
@@ -82,28 +85,28 @@ class Runner:
         config: EngineConfig,
         resolved: ResolvedConfig,
         model: ModelConfig,
-        load: Callable[[], Params],
+        mesh: Mesh,
+        load: Callable[[Params], Params],
         report: Callable[[str], None],
         cache_folder: Path | None = None,
-        abstract: Callable[[ModelConfig], Params] | None = None,
+        peers: Peers | None = None,
+        stored: Plan = EMPTY,
         drafter: Drafter | None = None,
     ):
-        """Compile every step while `load`, in a thread, fetches the parameters. Errors: ValueError, `load`'s too.
+        """Compile every step for a mesh (stage, model) while `load`, in a thread, fetches the parameters, whose
+        places it is given (a tree of `placement.Placed`). Errors: ValueError, `load`'s too.
 
-        `cache_folder`: where compiled steps are kept between processes, if at all. `abstract`: a model's
-        parameters' shapes and dtypes, if they are not all of the resolved dtype. `drafter`: who speculates, if any.
+        `cache_folder`: where compiled steps are kept between processes, if at all. `peers`: the other processes whose
+        devices are part of the mesh. `stored`: which parameters are so in few bits. `drafter`: who speculates, if any.
         """
         self.model, self.drafter, self.num_traces, self._lowering = model, drafter, 0, Lock()
-        device = jax.devices()[0]
+        self.peers = peers
+        self.layout = StepLayout(model, mesh, config.enable_expert_parallel, stored, drafter)
+        self._device = device = mesh.local_devices[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        own = abstract or partial(abstract_params, dtype=resolved.dtype)
-        drafting = {"draft": abstract_draft(drafter, resolved.dtype)} if drafter and drafter.model else {}
-        self._abstract = lambda model: own(model) | drafting
-        params = self._abstract(model)
+        params, self._dtype = self.layout.params(resolved.dtype), resolved.dtype
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
-        draft = drafter and drafter.model
-        draft_specs = [attention_spec(draft, i) for i in range(len(draft.layers))] if draft else []
-        specs = {*(attention_spec(model, i) for i in range(len(model.layers))), *draft_specs}
+        specs = {*self.layout.specs, *self.layout.draft_specs}
         self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
@@ -115,52 +118,43 @@ class Runner:
             self.shapes = speculative_shapes(self.shapes, most, resolved.max_num_batched_tokens)
         self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row)
         self.page_size = page
-        new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
 
-        def state_spec(num_pages: int, model: ModelConfig = model) -> DeviceState:
-            caches_of = lambda specs: [self.backend.cache_spec(spec, num_pages, page, kv_dtype) for spec in specs]
-            specs = [attention_spec(model, i) for i in range(len(model.layers))]
-            page_table = jax.ShapeDtypeStruct((resolved.max_num_seqs, pages_per_row), jnp.int32)
-            lengths = None if drafter is None else jax.ShapeDtypeStruct((resolved.max_num_seqs,), jnp.int32)
-            tables: Any = jax.eval_shape(new_tables)
-            outputs = None
-            if drafter and drafter.has_head:
-                outputs = jax.ShapeDtypeStruct((resolved.max_num_seqs, model.hidden_size), resolved.dtype)
-            drafts = caches_of(draft_specs)
-            return DeviceState(caches_of(specs), page_table, tables, lengths, drafts, outputs)  # type: ignore[arg-type]
+        def state_spec(num_pages: int, layout: StepLayout = self.layout) -> DeviceState:
+            dtypes, slots = (resolved.dtype, kv_dtype), resolved.max_num_seqs
+            return layout.state(self.backend, num_pages, page, dtypes, slots, resolved.max_model_len)
 
         def counted(*arguments: Any) -> Any:
             self.num_traces += 1
-            return step(*arguments)
+            return StepLayout.step(*arguments)
 
-        def counted_speculating(*arguments: Any) -> Any:
-            self.num_traces += 1
-            return speculating_step(*arguments)
-
-        self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3, 7), donate_argnums=5)
-        self._speculating_step = jax.jit(counted_speculating, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
+        self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
         sizes = partial(
             plan_memory, config, resolved, device,
             in_use=in_use,
             weights=_tree_bytes(params),
             tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
             page_bytes=_tree_bytes((state_spec(1).kv_caches, state_spec(1).draft_caches)),
+            sharers=sum(other.process_index == device.process_index for other in jax.devices()),
         )  # fmt: skip
-        identity = (model, resolved, self.backend.name, params, drafter)
+        grid = [mesh.shape, [other.id for other in mesh.devices.flat], config.enable_expert_parallel]
+        identity = (model, resolved, self.backend.name, params, grid, drafter)
         self._cache = ExecutableCache(cache_folder, device, *identity)
         kinds = [s for s in self.shapes if not s.drafts], [s for s in self.shapes if s.drafts]
         largest = [max(kind, key=lambda s: (s.tokens, s.rows, not s.plain)) for kind in kinds if kind]
         with ThreadPoolExecutor(1, "load") as loader:
-            loading = loader.submit(load)
+            loading = loader.submit(load, self.layout.placed)
             temporaries = 0
             if device.platform != "cpu":  # where nothing depends on them
-                small = replace(model, layers=tuple(dict.fromkeys(model.layers)) * 2)
-                few = drafter and drafter._replace(taps=(0,) * len(drafter.taps))
+                few = tuple(dict.fromkeys(model.layers)) * max(2, mesh.shape["stage"])
+                untapped = drafter and drafter._replace(taps=(0,) * len(drafter.taps))
+                small = StepLayout(replace(model, layers=few), mesh, config.enable_expert_parallel, stored, untapped)
                 fake = state_spec(pages_per_row + 1, small)
-                measure = lambda: max(_temporaries(self._compile(shape, fake, small, few)) for shape in largest)
+                measure = lambda: max(_temporaries(self._compile(shape, fake, small)) for shape in largest)
                 temporaries = self._cache.get_number("temporaries", measure)
             while True:
                 plan = sizes(temporaries=temporaries)
+                if peers is not None:
+                    plan = replace(plan, num_pages=peers.agree(plan.num_pages))
                 state = state_spec(plan.num_pages)
                 self.executables = self._compile_all(state, plan.num_pages, loading, report)
                 # Planned once: the pool hands out the pages that the cache has, whatever is in use since.
@@ -173,30 +167,31 @@ class Runner:
             self.params = loading.result()
         for line in self.memory.describe(resolved.max_model_len):
             report(line)
-        empty = replace(state, tables=None)  # type: ignore[arg-type]
-        zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty))
-        self.state = replace(zeros(), tables=jax.jit(new_tables)())
+        empty: Any = replace(state, tables=None)  # type: ignore[arg-type]
+        where = jax.tree.map(lambda s: s.sharding, state)
+        zeros = jax.jit(
+            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty),
+            out_shardings=replace(where, tables=None),
+        )
+        new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
+        self.state = replace(zeros(), tables=jax.jit(new_tables, out_shardings=where.tables)())
         self._prepare_slots()
-        if draft and drafter and not drafter.has_head:
-            self._prepare_fills(draft)
+        if drafter is not None and drafter.config.method == "draft_model":
+            self._prepare_fills()
         self.step_seconds = self._measure() if drafter is not None and drafter.config.adaptive else {}
         Thread(target=self._cache.save_new, name="save steps").start()
 
-    def _compile(self, shape: StepShape, state: DeviceState, model: ModelConfig, drafter: Drafter | None) -> Any:
-        """-> the executable of a step of `model`. The one that long prompts fill gets the slow-to-compile kernels."""
+    def _compile(self, shape: StepShape, state: DeviceState, layout: StepLayout) -> Any:
+        """-> the executable of a step of `layout`. The one that long prompts fill gets the slow-to-compile kernels."""
         fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
         backend = self.backend if fullest else self.backend.lesser or self.backend
         options: dict[str, Any] | None = None
         few = 2 * TUNED_TOKENS if shape.drafts else TUNED_TOKENS
-        if jax.devices()[0].platform == "gpu" and shape.tokens > few:
+        if self._device.platform == "gpu" and shape.tokens > few:
             options = NO_TRITON if fullest or shape.tokens == UNLUCKY_TOKENS else UNTUNED
-        flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-        arguments = model, backend, self.page_size, shape, self._abstract(model), state, flat
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
-            if shape.drafts:
-                lowered = self._speculating_step.lower(drafter, *arguments)
-            else:
-                lowered = self._step.lower(*arguments, drafter)
+            params = layout.params(self._dtype)
+            lowered = self._step.lower(layout, backend, self.page_size, shape, params, state, layout.flat(shape))
         return lowered.compile(options)
 
     def _compile_all(
@@ -213,7 +208,7 @@ class Runner:
             if loading.done():
                 loading.result()
             name = f"{shape.rows}x{shape.tokens}{'-plain' * shape.plain}-{shape.drafts}-drafts-{num_pages}-pages"
-            return shape, self._cache.get(name, lambda: self._compile(shape, state, self.model, self.drafter))
+            return shape, self._cache.get(name, lambda: self._compile(shape, state, self.layout))
 
         slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
         with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
@@ -224,33 +219,57 @@ class Runner:
         return executables
 
     def _prepare_slots(self) -> None:
-        """Compile the small functions that run before some steps."""
+        """Compile the small functions that run before some steps, and name everything that the devices can do."""
 
-        def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
-            lower = jax.jit(function, donate_argnums=0).lower
+        def compiled(function: Callable[..., Any], outputs: Any, *arguments: Any) -> Any:
+            lower = jax.jit(function, donate_argnums=0, out_shardings=outputs).lower
             return self._cache.get(f"{function.__name__}-{self.num_pages}-pages", lambda: lower(*arguments).compile())
 
-        tables, table = (self.state.tables, self.state.lengths), self.state.page_table
+        tables: Any = self.state.tables, self.state.lengths
+        table, of_all = self.state.page_table, self.layout.of_all
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         slot = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tables)
-        self._write_pages = compiled(write_page_table, table, ints(TABLE_ROWS), ints(TABLE_ROWS, table.shape[1]))
-        self._write_slot = compiled(write_slot, tables, ints(), slot)
-        self._copy_pages = compiled(
-            copy_pages, (self.state.kv_caches, self.state.draft_caches), ints(COPIES), ints(COPIES)
-        )
+        rows = ints(TABLE_ROWS, table.shape[1])
+        write_pages = compiled(write_page_table, of_all, table, ints(TABLE_ROWS), rows)
+        write_row = compiled(write_slot, of_all, tables, ints(), slot)
+        copy = self.layout.spread(copy_pages, (EACH, ALL, ALL), EACH)
+        both = self.state.kv_caches, self.state.draft_caches
+        copy = compiled(copy, self.layout.of_each, both, ints(COPIES), ints(COPIES))
 
-    def _prepare_fills(self, draft: ModelConfig) -> None:
+        def run_step(shape: np.ndarray, flat: np.ndarray) -> StepOutput:
+            rows, tokens, plain, drafts, follows = shape.tolist()
+            executable = self.executables[StepShape(rows, tokens, bool(plain), drafts, bool(follows))]
+            self.state, output = executable(self.params, self.state, flat)
+            return output
+
+        def run_write_pages(slots: np.ndarray, rows: np.ndarray) -> None:
+            self.state = replace(self.state, page_table=write_pages(self.state.page_table, slots, rows))
+
+        def run_write_slot(slot: np.ndarray, *row: np.ndarray) -> None:
+            row_tree = jax.tree.unflatten(jax.tree.structure(tables), row)
+            new, lengths = write_row((self.state.tables, self.state.lengths), slot, row_tree)
+            self.state = replace(self.state, tables=new, lengths=lengths)
+
+        def run_copy_pages(sources: np.ndarray, destinations: np.ndarray) -> None:
+            caches, drafts = copy((self.state.kv_caches, self.state.draft_caches), sources, destinations)
+            self.state = replace(self.state, kv_caches=caches, draft_caches=drafts)
+
+        self.operations: dict[str, Callable[..., Any]] = {
+            "step": run_step, "write_pages": run_write_pages, "write_slot": run_write_slot,
+            "copy_pages": run_copy_pages,
+        }  # fmt: skip
+
+    def _prepare_fills(self) -> None:
         """Compile what shows the draft model tokens that it has not seen, for a few rows at a time."""
+        assert self.drafter is not None and self.drafter.model is not None
         most = max(shape.tokens for shape in self.shapes if not shape.drafts)
-        rows = min(FILLED_ROWS, self.builder.num_slots)
-        sizes = sorted({min(64, most), most})
-        shapes = [StepShape(rows, size, plain=True, follows=True) for size in sizes if size > rows]
+        rows, model = min(FILLED_ROWS, self.builder.num_slots), self.drafter.model
+        shapes = [StepShape(rows, n, plain=True, follows=True) for n in sorted({min(64, most), most}) if n > rows]
         fill = jax.jit(draft_model.fill, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-        backend = self.backend.lesser or self.backend
+        backend, params = self.backend.lesser or self.backend, self.layout.params(self._dtype)
 
         def compiled(shape: StepShape) -> Any:
-            flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-            arguments = draft, backend, self.page_size, shape, self._abstract(self.model), self.state, flat
+            arguments = model, backend, self.page_size, shape, params, self.state, self.layout.flat(shape)
             name = f"fill-{shape.rows}x{shape.tokens}-{self.num_pages}-pages"
             return self._cache.get(name, lambda: fill.lower(*arguments).compile())
 
@@ -258,8 +277,7 @@ class Runner:
 
     def _fill_drafts(self, fills: Sequence[Row]) -> None:
         """Show the draft model what it has not seen, before the step that it drafts for."""
-        largest = max(self._fills)
-        left = deque(fills)
+        largest, left = max(self._fills), deque(fills)
         while left:
             part = StepPlan()
             while left and len(part.rows) < largest.rows and part.num_tokens < largest.tokens:
@@ -284,8 +302,8 @@ class Runner:
             times = []
             for _ in range(MEASURED_RUNS):
                 started = time.perf_counter()
-                self.state, output = self.executables[shape](self.params, self.state, flat)
-                output.sampled.token.block_until_ready()
+                output = self.dispatch("step", np.array(shape, np.int32), flat)
+                self.fetch(output.sampled.token)
                 times.append(time.perf_counter() - started)
             seconds[shape] = min(times)
         return seconds
@@ -302,37 +320,78 @@ class Runner:
             if needs_slot_row(request) or self.drafter is not None:
                 self._fill_slot(request)
         for i in range(0, len(plan.copies), COPIES):
-            pairs = np.zeros((COPIES, 2), np.int32)  # page 0 onto itself where there are fewer
-            pairs[: len(plan.copies) - i] = plan.copies[i : i + COPIES]
-            both = self.state.kv_caches, self.state.draft_caches
-            caches, drafts = self._copy_pages(both, pairs[:, 0].copy(), pairs[:, 1].copy())
-            self.state = replace(self.state, kv_caches=caches, draft_caches=drafts)
+            pairs = np.zeros((2, COPIES), np.int32)  # page 0 onto itself where there are fewer
+            pairs[:, : len(plan.copies) - i] = np.transpose(plan.copies[i : i + COPIES])
+            self.dispatch("copy_pages", *pairs)
         for slots, rows in self.builder.table_rows(plan):
-            self.state = replace(self.state, page_table=self._write_pages(self.state.page_table, slots, rows))
+            self.dispatch("write_pages", slots, rows)
         if plan.fills:
             self._fill_drafts(plan.fills)
-        flat = self.builder.build(plan, shape)
-        self.state, output = self.executables[shape](self.params, self.state, flat)
+        output = self.dispatch("step", np.array(shape, np.int32), self.builder.build(plan, shape))
         for part in jax.tree.leaves((output.sampled, output.runs)):
             part.copy_to_host_async()
         return Launched(plan, output)
 
+    def dispatch(self, name: str, *arrays: Any) -> Any:
+        """Give work to the devices, here and in every other process. -> what it makes. Errors: HostLost."""
+        if isinstance(self.peers, Leader):
+            self.peers.send(encode(name, arrays))
+            self.peers.began(lambda: False)  # on a CPU, the call itself may wait for the others
+        made = self.execute(name, list(arrays))
+        if isinstance(self.peers, Leader):
+            self.peers.began(lambda: True if made is None else jax.tree.leaves(made)[0].is_ready())
+        return made
+
+    def execute(self, name: str, arrays: list[Any]) -> Any:
+        """Give work to the devices of this process. -> what it makes."""
+        try:
+            return self.operations[name](*arrays)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._lost(error) from None
+
+    def is_done(self, launched: Launched) -> bool:
+        """-> whether `collect` would not wait."""
+        return launched.output.sampled.token.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+
     def collect(self, launched: Launched) -> list[list[int]]:
-        """Wait for a step. -> sampled token ids for each of the plan's rows, one or, in a step with drafts, more."""
-        tokens, runs = np.asarray(launched.output.sampled.token).tolist(), launched.output.runs
+        """Wait for a step. -> sampled token ids for each of the plan's rows, one or, in a step with drafts, more.
+
+        Errors: HostLost.
+        """
+        tokens, runs = self.fetch(launched.output.sampled.token).tolist(), launched.output.runs
         if runs is None:
             return [[token] for token in tokens[: len(launched.plan.rows)]]
-        counts = np.asarray(runs.counts).tolist()
+        counts = self.fetch(runs.counts).tolist()
         firsts = first_tokens(launched.plan)
         return [tokens[first : first + count] for first, count in zip(firsts, counts, strict=False)]
+
+    def fetch(self, array: Any) -> np.ndarray:
+        """Wait for an array that every device has whole. Errors: HostLost."""
+        if not isinstance(self.peers, Leader):
+            return np.asarray(array)
+        self.peers.wait(array.is_ready)
+        try:
+            return np.asarray(array)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, error: Exception) -> Exception:
+        """-> what to raise when the devices fail: in company, it is most likely another host that did."""
+        if not isinstance(self.peers, Leader):
+            return error
+        return self.peers.fail(HostLost(f"a step has failed: {error!s:.300}".splitlines()[0]))
+
+    def close(self) -> None:
+        """Let the other processes end; nothing is launched after this."""
+        if isinstance(self.peers, Leader) and self.peers.failure is None:
+            self.peers.close()
+            jax.distributed.shutdown()
 
     def _fill_slot(self, request: Request) -> None:
         row = slot_row(request, self.state.tables.tokens.shape[1], self.model.vocab_size)
         assert request.slot is not None
-        length = None if self.drafter is None else np.int32(len(request.token_ids))
-        before = self.state.tables, self.state.lengths
-        tables, lengths = self._write_slot(before, np.int32(request.slot), (row, length))
-        self.state = replace(self.state, tables=tables, lengths=lengths)
+        length = [] if self.drafter is None else [np.int32(len(request.token_ids))]
+        self.dispatch("write_slot", np.int32(request.slot), *jax.tree.leaves(row), *length)
 
 
 @contextmanager
@@ -354,4 +413,6 @@ def _temporaries(executable: Any) -> int:
 
 
 def _tree_bytes(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    """-> bytes that one device has of the arrays."""
+    own = lambda leaf: leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return sum(int(np.prod(own(leaf))) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
 
         return start(config)
 
+    if config.process_id:  # not the first: it serves no requests
+        load()
     sys.exit(run(load, options))
 
 

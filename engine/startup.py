@@ -2,43 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.memory import limit_gpu_pool
+from engine.hosts.follower import Follower
+from engine.hosts.join import Peers, follow, identity, joined
+from engine.memory import limit_gpu_pool, ram_bytes
+from engine.models.config import ModelConfig
 from engine.models.narrow import abstract_narrow, describe, random_narrow
 from engine.models.params import Params
+from engine.replicas import Engine, Replicas
 from engine.runner import Runner
 from engine.speculation.checkpoint import open_draft
 from engine.speculative_config import read_speculative_config
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
 from engine.weights.load import load_params, open_checkpoint, quantization_of, read_config
-from engine.weights.quantization import choose_quantization
+from engine.weights.quantization import EXPAND, Quantization, choose_quantization
+from sharding.mesh import replica_meshes
+from sharding.topology import choose, read_topology
 
 
 def print_report(line: str) -> None:
     print(f"quire: {line}", file=sys.stderr, flush=True)
 
 
-def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> EngineCore:
-    """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault."""
+def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> Engine:
+    """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault.
+
+    In every process but the first of several, this does not return: it follows the first one, then ends the process.
+    """
+    _make_cpu_devices(config)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it names each absent backend
-    cache = _cache_folder(config)
+    if config.num_processes is None:
+        return _start(config, None, report)
+    with joined(config, report) as peers:
+        engine = _start(config, peers, report)
+        peers.agree(1)  # everybody has loaded and compiled
+        peers.is_ready = True
+        if isinstance(peers, Follower):
+            assert isinstance(engine, EngineCore)
+            report(f"process {config.process_id} follows process 0")
+            follow(peers, engine.runner.execute)
+            sys.exit(0)
+        return engine
+
+
+def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], None]) -> Engine:
+    cache = None if peers else _cache_folder(config)
     limit_gpu_pool(config)
     dummy = config.load_format == "dummy"
     path = locate(config.model, config.revision, weights=not dummy)
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
     model = checkpoint.config if checkpoint else read_config(path)
+    if peers is not None:
+        peers.compare(identity(config, path))
     platform = jax.devices()[0].platform
     resolved = config.resolve(model_max_len=model.max_model_len, platform=platform)
     model = replace(model, max_model_len=resolved.max_model_len)  # some rope scalings ask how long a sequence may get
@@ -51,31 +80,72 @@ def start(config: EngineConfig, report: Callable[[str], None] = print_report) ->
             raise ValueError("chat_template: is of no use without a tokenizer; leave it out")
         tokenizer.use_chat_template(config.chat_template)
 
+    def store(setting: str | None) -> Quantization:
+        if checkpoint is None or dummy:
+            return choose_quantization(setting, None, (), {}, model, platform, resolved.dtype)
+        return quantization_of(checkpoint, setting, platform, resolved.dtype)
+
+    sizes = _parallel_sizes(config, model, resolved.dtype, report)
+    alone = math.prod(sizes) == 1
+    if config.quantization not in (None, EXPAND) and not alone:
+        raise ValueError(f"quantization: {config.quantization!r} is for one device so far, and this mesh is {sizes}")
+    quantization = store(config.quantization if alone else EXPAND)
+
     drafter = draft = None
     if config.speculative_config is not None:
+        if peers is not None:
+            raise ValueError("speculative_config: is for one process so far; leave num_processes out")
         spec = read_speculative_config(config.speculative_config)
         draft = open_draft(spec, model, checkpoint, dummy=dummy)
         drafter = draft.drafter
-    if checkpoint is None or dummy:
-        quantization = choose_quantization(config.quantization, None, (), {}, model, platform, resolved.dtype)
-    else:
-        quantization = quantization_of(checkpoint, config.quantization, platform, resolved.dtype)
+        if draft.load is not None and not alone:
+            problem = f"method {spec.method!r} is for one device so far, and this mesh is {sizes}"
+            raise ValueError(f"speculative_config: {problem}; ngram and suffix run on any")
 
-    def load() -> Params:
+    def load(placed: Params) -> Params:
         began = time.perf_counter()
         if checkpoint is None or dummy:
-            params = random_narrow(model, resolved.dtype, config.seed, quantization.plan)
+            params = random_narrow(model, resolved.dtype, config.seed, placed, quantization.plan)
         else:
-            params = load_params(checkpoint, resolved.dtype, quantization=quantization)
+            params = load_params(checkpoint, resolved.dtype, placed, quantization)
         if draft is not None and draft.load is not None:
             params = params | {"draft": draft.load(resolved.dtype, config.seed)}
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         report(f"weights: quantization {quantization.name}: {describe(params)}")
         return params
 
-    abstract = partial(abstract_narrow, dtype=resolved.dtype, plan=quantization.plan)
-    runner = Runner(config, resolved, model, load, report, cache, abstract, drafter)
-    return EngineCore(config, resolved, model, tokenizer, runner)
+    def engine(mesh: Mesh) -> EngineCore:
+        runner = Runner(config, resolved, model, mesh, load, report, cache, peers, quantization.plan, drafter)
+        return EngineCore(config, resolved, model, tokenizer, runner)
+
+    cores = [engine(mesh) for mesh in replica_meshes(jax.devices(), *sizes)]
+    return cores[0] if len(cores) == 1 else Replicas(cores)
+
+
+def _parallel_sizes(
+    config: EngineConfig, model: ModelConfig, dtype: str, report: Callable[[str], None]
+) -> tuple[int, int, int]:
+    """-> how many devices share a layer, how many stages there are, and how many replicas."""
+    if config.parallel == "manual":
+        return config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
+    devices, local = jax.devices(), jax.local_devices()[0]
+    memory = (local.memory_stats() or {}).get("bytes_limit") or ram_bytes() // len(jax.local_devices())
+    leaves = jax.tree.leaves(abstract_narrow(model, dtype, {}))
+    weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    chosen = choose(
+        read_topology(devices), weights, memory, model.num_kv_heads, len(model.layers), config.num_processes or 1
+    )
+    report(f"parallel: TP {chosen[0]} x PP {chosen[1]} x DP {chosen[2]} on {len(devices)} devices: {chosen.reason}")
+    return chosen[:3]
+
+
+def _make_cpu_devices(config: EngineConfig) -> None:
+    """Ask for as many CPU devices as the mesh has, in case there is no accelerator; too late once JAX has started."""
+    size = config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size
+    size = -(-size // (config.num_processes or 1))  # of this process
+    if size > 1:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", size)
 
 
 def _cache_folder(config: EngineConfig) -> Path | None:

@@ -21,6 +21,7 @@ from engine.speculation.lengths import follow
 from engine.speculation.verify import Runs
 from engine.step_input import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
 from kernels.attention import Backend, RaggedBatch
+from sharding.axes import ALONE, Axes
 
 
 @struct.dataclass
@@ -62,11 +63,14 @@ def step(
     params: Params,
     state: DeviceState,
     flat: Array,
+    axes: Axes = ALONE,
     drafter: Drafter | None = None,
 ) -> tuple[DeviceState, StepOutput]:
     """Compute one step. `flat` is BatchBuilder.build's int32 array; what comes before `params` is static.
 
-    So is `drafter`: its head, if it has one, looks at every token.
+    So are `axes` and `drafter`, whose head, if it has one, looks at every token.
+
+    On a mesh it runs inside `jax.shard_map`: `params` and `kv_caches` are this device's, all else is everybody's.
     """
     part = unpack(flat, shape)
     # Padding has slots out of range: it changes nothing, reads page 0 and writes there.
@@ -77,16 +81,14 @@ def step(
     tables = state.tables
     sampled_before = tables.tokens[jnp.maximum(-1 - part["tokens"], 0), part["positions"]]
     tokens = jnp.where(part["tokens"] < 0, sampled_before, part["tokens"])
-    taps = drafter.taps if drafter else ()
-    positions = part["positions"]
+    taps, positions = drafter.taps if drafter else (), part["positions"]
     hidden, kv_caches, tapped = forward_with_taps(
-        config, backend, params, state.kv_caches, tokens, positions, batch, taps
+        config, backend, params, state.kv_caches, tokens, positions, batch, taps, axes
     )
 
     with jax.named_scope("sample"):
-        to_logits = lambda rows: logits(config, params, rows)
-        rows = to_logits(hidden[part["sample_at"]])
-        out = sample(rows, sampling_input(part), tables, num_logprobs=MAX_LOGPROBS, plain=shape.plain)
+        rows = axes.stage.last(hidden[part["sample_at"]])
+        out = sample_rows(config, params, rows, sampling_input(part), tables, shape.plain, axes)
         active = part["row_flags"] != 0
         slots = jnp.where(active, part["slots"], tables.tokens.shape[0])
         history = tables.tokens.at[slots, part["sample_positions"]].set(jnp.maximum(out.token, 0), mode="drop")
@@ -111,7 +113,11 @@ def step(
     if not shape.has_prompt_logprobs:
         return state, StepOutput(out, None)
 
+    def to_logits(rows: Array) -> Array:
+        return axes.whole.gather(logits(config, params, rows), axis=1)[:, : config.vocab_size]
+
     def prompt(hidden: Array) -> PromptLogprobs:
+        hidden = axes.stage.last(hidden)
         return PromptLogprobs(*prompt_logprobs(to_logits, hidden, part["next_tokens"], num_logprobs=MAX_LOGPROBS))
 
     def nothing(hidden: Array) -> PromptLogprobs:
@@ -121,6 +127,19 @@ def step(
     with jax.named_scope("prompt_logprobs"):
         asked = jax.lax.cond(part["wants_prompt_logprobs"] != 0, prompt, nothing, hidden)
     return state, StepOutput(out, asked)
+
+
+def sample_rows(
+    config: ModelConfig, params: Params, hidden: Array, inp: SamplingInput, tables: SlotTables, plain: bool, axes: Axes
+) -> SampleOutput:
+    """hidden [S, D] -> a token for each row. On a mesh each device makes logits of its part of the vocabulary for all
+    rows, and samples its part of the rows: what they exchange is that part of the logits, and the tokens."""
+    count = hidden.shape[0]
+    pad = lambda x: jnp.pad(x, ((0, -count % axes.whole.size), *((0, 0),) * (x.ndim - 1)))
+    rows = axes.whole.exchange(logits(config, params, pad(hidden)))[:, : config.vocab_size]
+    own = jax.tree.map(lambda x: axes.whole.pick(pad(x)), inp)
+    out = sample(rows, own, tables, num_logprobs=MAX_LOGPROBS, plain=plain)
+    return jax.tree.map(lambda x: axes.whole.gather(x)[:count], out)
 
 
 def ragged_batch(part: dict[str, Array], page_table: Array, page_size: int) -> RaggedBatch:

@@ -17,42 +17,28 @@ from tpu_compiler import GENERATIONS, compile_for, mesh_of, prepare
 prepare()
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 
 from engine.bench.shapes import SHAPES  # noqa: E402
-from engine.models.params import map_specs, param_specs  # noqa: E402
+from engine.layout import StepLayout  # noqa: E402
+from engine.models.config import ModelConfig  # noqa: E402
 from engine.models.read import from_hugging_face  # noqa: E402
-from engine.models.transformer import attention_spec  # noqa: E402
-from engine.slots import empty_tables  # noqa: E402
-from engine.step import DeviceState, step  # noqa: E402
-from engine.step_input import StepShape, flat_size  # noqa: E402
+from engine.step_input import StepShape  # noqa: E402
 from kernels.attention import BACKENDS  # noqa: E402
-from sharding.heads import split_heads  # noqa: E402
-from sharding.rules import partition_spec  # noqa: E402
+from sharding.mesh import replica_meshes  # noqa: E402
 
 PAGE, LENGTH, PAGES = 128, 2048, 513
 STEPS = {"decode of 256": StepShape(256, 256), "prefill of 2048": StepShape(8, 2048)}
 MOVES = ("copy", "transpose", "pad", "reshape")
 
 
-def compile_step(name: str, mesh: Mesh, layers: int, shape: StepShape) -> tuple[Any, float]:
-    """-> the executable and the seconds it took."""
-    placed = lambda spec, axes: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=NamedSharding(mesh, axes))
-    _, config = from_hugging_face(name, SHAPES[name])
-    config = replace(config, layers=config.layers[:layers])
-    backend = BACKENDS["tpu"]
-    backend = backend._replace(update_and_attend=split_heads(backend.update_and_attend, mesh))
-    of_dtype = lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype or jnp.bfloat16)
-    params = map_specs(lambda _, spec: placed(of_dtype(spec), partition_spec(spec.axes)), param_specs(config))
-    caches = [backend.cache_spec(attention_spec(config, i), PAGES, PAGE, "bfloat16") for i in range(layers)]
-    caches = [placed(cache, PartitionSpec(None, "model")) for cache in caches]
-    page_table = jax.ShapeDtypeStruct((256, LENGTH // PAGE), jnp.int32)
-    tables = jax.eval_shape(lambda: empty_tables(256, LENGTH, config.vocab_size))
-    flat = jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32)
-    run = jax.jit(step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-    state = DeviceState(caches, page_table, tables)  # type: ignore[arg-type]
-    return compile_for(mesh, run, (config, backend, PAGE, shape), (params, state, flat))
+def compile_step(config: ModelConfig, mesh: Mesh, shape: StepShape, expert_parallel: bool = False) -> tuple[Any, float]:
+    """-> the executable of a step on a mesh (stage, model), and the seconds it took."""
+    layout, backend = StepLayout(config, mesh, expert_parallel), BACKENDS["tpu"]
+    state = layout.state(backend, PAGES, PAGE, "bfloat16", 256, LENGTH)
+    run = jax.jit(StepLayout.step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+    arguments = layout.params("bfloat16"), state, layout.flat(shape)
+    return compile_for(mesh, run, (layout, backend, PAGE, shape), arguments)
 
 
 def moved_operands(text: str) -> dict[str, str]:
@@ -87,9 +73,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     table: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    mesh = mesh_of(options.generation, options.tensor_parallel)
+    size = options.tensor_parallel
+    (mesh,) = replica_meshes(list(mesh_of(options.generation, size).devices), size)
+    _, config = from_hugging_face(options.shape, SHAPES[options.shape])
+    config = replace(config, layers=config.layers[: options.layers])
     for name, shape in STEPS.items():
-        compiled, seconds = compile_step(options.shape, mesh, options.layers, shape)
+        compiled, seconds = compile_step(config, mesh, shape)
         memory, text = compiled.memory_analysis(), compiled.as_text()
         if options.text:
             options.text.with_suffix(f".{shape.tokens}.txt").write_text(text)

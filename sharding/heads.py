@@ -1,43 +1,36 @@
-"""Attention over a mesh: every device attends with its own KV heads and their part of the cache, and asks no other."""
+"""How attention heads are spread over devices: KV heads are copied where there are too few, and padded where odd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
-
-import jax
-from jax import Array
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from functools import cache
+from typing import NamedTuple
 
 
-def split_heads(attend: Callable[..., tuple[Array, Any]], mesh: Mesh, axis: str = "model") -> Callable[..., Any]:
-    """A backend's update_and_attend -> the same over `axis` of a mesh, whose size must divide the KV heads.
+class HeadSplit(NamedTuple):
+    """KV heads and the query heads of each, as they lie over all devices.
 
-    q, k, v and out are split over heads; a cache's leaves over their second axis, of which each device has what its
-    own heads' cache_spec says. The batch is everybody's. Errors: ValueError if heads cannot be split so.
+    KV head h becomes heads h * copies to (h + 1) * copies - 1, which share its query heads out in order. What is beyond
+    the model's heads is padding: its weights are zero, so that it adds nothing.
     """
-    size = mesh.shape[axis]
 
-    def over_heads(
-        q: Array, k: Array, v: Array | None, cache: Any, batch: Any, spec: Any, *,
-        sinks: Array | None = None, kv_scales: Array | None = None,
-    ) -> tuple[Array, Any]:  # fmt: skip
-        if spec.num_kv_heads % size:
-            raise ValueError(f"{spec.num_kv_heads} KV heads cannot be split over {size} devices")
-        own = replace(spec, num_kv_heads=spec.num_kv_heads // size)
-        heads = P(None, axis)
+    kv_heads: int  # the model's
+    group: int  # query heads of each
+    copies: int
+    all_kv_heads: int  # over all devices, copies and padding included
+    own_group: int
 
-        def local(q: Array, k: Array, v: Array | None, cache: Any, batch: Any, options: dict[str, Any]) -> Any:
-            return attend(q, k, v, cache, batch, own, **options)
+    @property
+    def is_plain(self) -> bool:
+        return (self.all_kv_heads, self.own_group) == (self.kv_heads, self.group)
 
-        # An option that is None has no leaf, and so no need of its own entry.
-        options = {"sinks": sinks, "kv_scales": kv_scales}
-        splits = {"sinks": P(axis), "kv_scales": heads}
-        return jax.shard_map(
-            local, mesh=mesh, in_specs=(heads, heads, heads, heads, P(), splits), out_specs=(heads, heads),
-            check_vma=False,
-        )(q, k, v, cache, batch, options)  # fmt: skip
 
-    return over_heads
+@cache
+def split_heads(kv_heads: int, group: int, devices: int) -> HeadSplit:
+    """-> the way that gives a device the fewest KV heads, then the fewest query heads, with the fewest copies."""
+
+    def cost(copies: int) -> tuple[int, int, int]:
+        per_device = -(-kv_heads * copies // devices)
+        return per_device, per_device * -(-group // copies), copies
+
+    copies = min(range(1, group + 1), key=cost)
+    return HeadSplit(kv_heads, group, copies, cost(copies)[0] * devices, -(-group // copies))

@@ -20,9 +20,12 @@ PACKAGES = ("engine", "kernels", "sharding")
 LAYERS = """
     __init__ batch bench convert generate serve server
     llm
-    core startup
+    replicas startup
+    core
     chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
     pooling profiler runner
+    hosts
+    layout
     executables memory speculation step step_input weights
     scheduler
     slots

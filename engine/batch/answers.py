@@ -16,7 +16,7 @@ from engine.server.prompts import need_tokenizer
 from engine.server.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, decode, template_arguments
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore
+    from engine.replicas import Engine
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Embedding:
         return wire.encode(embeddings.answer(self.request, model, vectors, sum(map(len, self.prompts))))
 
 
-def prepare(core: EngineCore, line: Line, model: str, parser: str | None) -> Generation | Embedding:
+def prepare(core: Engine, line: Line, model: str, parser: str | None) -> Generation | Embedding:
     """-> what the line asks for, tokenized and checked. Slow, for any thread. Errors: ApiError."""
     try:
         match line.url:
@@ -56,7 +56,7 @@ def prepare(core: EngineCore, line: Line, model: str, parser: str | None) -> Gen
         raise ApiError(400, str(error)) from None
 
 
-def _completion(core: EngineCore, request: CompletionRequest, model: str) -> Generation:
+def _completion(core: Engine, request: CompletionRequest, model: str) -> Generation:
     _check(request, model)
     head = wire.new_head("cmpl-", model)
     groups = completions.prepare(core, request, head.id)
@@ -64,7 +64,7 @@ def _completion(core: EngineCore, request: CompletionRequest, model: str) -> Gen
     return Generation(groups, lambda: form.response(groups))
 
 
-def _chat(core: EngineCore, request: ChatRequest, model: str, parser: str | None) -> Generation:
+def _chat(core: Engine, request: ChatRequest, model: str, parser: str | None) -> Generation:
     _check(request, model)
     head = wire.new_head("chatcmpl-", model)
     prompt = need_tokenizer(core).apply_chat_template(**template_arguments(request))

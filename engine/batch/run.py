@@ -17,7 +17,7 @@ from engine.server import embeddings
 from engine.server.errors import ApiError
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore
+    from engine.replicas import Engine
 
 THREADS = 4  # that tokenize
 
@@ -39,7 +39,7 @@ class Batch:
 
     def __init__(
         self,
-        core: EngineCore,
+        core: Engine,
         journal: Journal,
         *,
         model: str,

@@ -8,6 +8,7 @@ from jax import Array
 
 from kernels.product import product
 from kernels.quantized import Weight
+from sharding.axes import Axis
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -25,6 +26,16 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + jnp.float32(eps))
     return (y.astype(weight.dtype) * weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)).astype(x.dtype)
+
+
+def rms_norm_over(x: Array, weight: Array, eps: float, width: int, axis: Axis) -> Array:
+    """As rms_norm, where D is spread over the devices of a mesh axis and has `width` entries in all."""
+    if axis.size == 1:
+        return rms_norm(x, weight, eps)
+    y = x.astype(jnp.float32)
+    total = axis.sum(jnp.sum(y * y, axis=tuple(range(-weight.ndim, 0)), keepdims=True))
+    y = y * jax.lax.rsqrt(total / jnp.float32(width) + jnp.float32(eps))
+    return (y.astype(weight.dtype) * weight[None]).astype(x.dtype)
 
 
 def project(x: Array, weight: Weight, bias: Array | None = None) -> Array:

@@ -11,14 +11,16 @@ from engine.models.layers import ACTIVATIONS, gated_mlp
 from engine.models.mixtures import CLAMPED_SLOPE
 from engine.models.params import Params
 from kernels.grouped import grouped_dot, num_groups
+from sharding.axes import ALONE, Axis
 
 TINY = 1e-20  # what weights are divided by at least
 
 
-def mixture(x: Array, p: Params, spec: MoeSpec, activation: str, valid: Array) -> Array:
+def mixture(x: Array, p: Params, spec: MoeSpec, activation: str, valid: Array, axis: Axis = ALONE.model) -> Array:
     """x [T, D], valid [T] bool -> [T, D]: each token's experts, weighted, and those that all tokens share.
 
-    p: a layer's parameters as `params.param_specs` declares them. Tokens that are not valid go to no expert.
+    p: a layer's parameters as `params.param_specs` declares them. Tokens that are not valid go to no expert. Where
+    devices share a layer, each has some of the experts, or a part of each one's width, and the sum over them is whole.
     """
     with jax.named_scope("router"):
         logits = jnp.matmul(x.astype(jnp.float32), p["router"], precision=jax.lax.Precision.HIGHEST)
@@ -26,7 +28,13 @@ def mixture(x: Array, p: Params, spec: MoeSpec, activation: str, valid: Array) -
             logits = logits + p["router_bias"][None]
         weights, experts = route(logits, spec, p.get("choice_bias"))
     with jax.named_scope("experts"):
-        out = expert_products(x, weights, jnp.where(valid[:, None], experts, spec.num_experts), p, spec, activation)
+        held = num_groups(p["experts_gate_up"])
+        if held < spec.num_experts:
+            own = experts - axis.index() * held
+            experts = jnp.where((own >= 0) & (own < held), own, held)
+        elif spec.expert_bias and axis.size > 1:  # a part of each width, but one bias
+            p = p | {"experts_down_bias": jnp.where(axis.index() == 0, p["experts_down_bias"], 0)}
+        out = expert_products(x, weights, jnp.where(valid[:, None], experts, held), p, spec, activation)
     if spec.shared_size:
         with jax.named_scope("shared_experts"):
             out = out + gated_mlp(x, p["shared_gate_up"], p["shared_down"], activation, None, None)
@@ -63,9 +71,10 @@ def _allowed(scores: Array, spec: MoeSpec) -> Array:
 
 
 def expert_products(x: Array, weights: Array, experts: Array, p: Params, spec: MoeSpec, activation: str) -> Array:
-    """x [T, D], weights [T, top_k] float32, experts [T, top_k] i32 (num_experts: none) -> their weighted sum [T, D].
+    """x [T, D], weights [T, top_k] float32, experts [T, top_k] i32 -> their weighted sum [T, D].
 
-    Pairs of token and expert are sorted by expert, multiplied group by group and put back.
+    There are as many experts as p has; one beyond them is none. Pairs of token and expert are sorted by expert,
+    multiplied group by group and put back.
     """
     tokens, top_k = experts.shape
     flat = experts.reshape(-1)
@@ -82,7 +91,7 @@ def expert_products(x: Array, weights: Array, experts: Array, p: Params, spec: M
         y = y + p["experts_down_bias"].at[expert_of].get(mode="clip")
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True)
     y = weights[..., None].astype(x.dtype) * y[place].reshape(tokens, top_k, -1)
-    return jnp.where(experts[..., None] < spec.num_experts, y, 0).sum(axis=1)
+    return jnp.where(experts[..., None] < E, y, 0).sum(axis=1)
 
 
 def gated(y: Array, spec: MoeSpec, activation: str) -> Array:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from engine.models.config import ModelConfig
-from engine.models.params import Params, ParamSpec, map_specs, param_specs, random_params
+from engine.models.params import Params, ParamSpec, map_specs, param_specs
+from engine.models.placement import Path, Placed
+from engine.models.relay import random_params
 from kernels.quantized import SPLIT, SUPER, Joined, Layout, QuantizedTensor, quantize
-
-Path = tuple[Any, ...]
 
 # The parameters that are weights of products, and which of their axes those sum over. The router is not among them: its
 # choice must not hang on rounding; nor are the two halves of latent attention's kv_b, which meet queries and values.
@@ -99,7 +99,7 @@ def array_shape(name: str, outputs: tuple[int, ...], inputs: int, layout: Layout
 
 
 def abstract_narrow(config: ModelConfig, dtype: str, plan: Plan) -> Params:
-    """As `params.abstract_params`, for a model of which `plan` says what is stored in few bits."""
+    """As `placement.abstract`, for a model of which `plan` says what is stored in few bits."""
 
     def stored(path: Path, shape: tuple[int, ...], storage: Storage) -> QuantizedTensor:
         outputs, inputs = outputs_of(path[-1], shape)
@@ -125,14 +125,15 @@ def abstract_narrow(config: ModelConfig, dtype: str, plan: Plan) -> Params:
     return map_specs(one, param_specs(config))
 
 
-def random_narrow(config: ModelConfig, dtype: str, seed: int, plan: Plan) -> Params:
-    """As `params.random_params`, quantized one by one as `plan`, which has no splits, says."""
+def random_narrow(config: ModelConfig, dtype: str, seed: int, placed: Params, plan: Plan) -> Params:
+    """As `relay.random_params`, quantized one by one as `plan`, which has no splits, says."""
 
-    def one(path: Path, spec: ParamSpec, wide: jax.Array) -> Any:
-        how = plan.get(path)
-        return narrowed(wide, INPUTS[path[-1]], how.layout) if isinstance(how, Storage) else wide
+    def keep(placed: Placed, wide: jax.Array) -> Any:
+        (path,) = placed.sources if len(placed.sources) == 1 else (None,)
+        how = plan.get(path) if path is not None else None
+        return narrowed(wide, INPUTS[path[-1]], how.layout) if path and isinstance(how, Storage) else wide
 
-    return random_params(config, dtype, seed, one)
+    return random_params(config, dtype, seed, placed, keep)
 
 
 def joined(path: Path, how: Split, pieces: list[Any]) -> Joined:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from engine.models.config import LatentSpec, LayerSpec, ModelConfig, MoeSpec
 
@@ -61,20 +59,20 @@ def _attention(config: ModelConfig) -> dict[str, ParamSpec]:
     D, K, G, H = config.hidden_size, config.num_kv_heads, config.group, config.head_dim
     E = config.attention_input or D
     specs = {
-        "qkv": ParamSpec((E, K, G + 2, H), ("embed", "kv_heads", None, None), E),
-        "out": ParamSpec((K, G, H, D), ("kv_heads", None, None, "embed"), K * G * H),
+        "qkv": ParamSpec((E, K, G + 2, H), ("embed", "kv_heads", "group_kv", None), E),
+        "out": ParamSpec((K, G, H, D), ("kv_heads", "group", None, "embed"), K * G * H),
     }
     if config.qkv_bias:
-        specs["qkv_bias"] = ParamSpec((K, G + 2, H), ("kv_heads", None, None), D)
+        specs["qkv_bias"] = ParamSpec((K, G + 2, H), ("kv_heads", "group_kv", None), D)
     if config.out_bias:
         specs["out_bias"] = ParamSpec((D,), (None,), D)
     if config.qk_norm == "head":
         specs["q_norm"] = specs["k_norm"] = _norm(config, H)
     if config.qk_norm == "width":
-        specs["q_norm"] = _norm(config, K, G, H, axes=("kv_heads", None, None))
+        specs["q_norm"] = _norm(config, K, G, H, axes=("kv_heads", "group", None))
         specs["k_norm"] = _norm(config, K, H, axes=("kv_heads", None))
     if config.sinks:
-        specs["sinks"] = ParamSpec((K, G), ("kv_heads", None), 1, "float32")
+        specs["sinks"] = ParamSpec((K, G), ("kv_heads", "group"), 1, "float32")
     return specs
 
 
@@ -143,36 +141,3 @@ def map_specs(function: Callable[[tuple[Any, ...], ParamSpec], Any], specs: Para
 
 def num_bytes(params: Params) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-
-
-def abstract_params(config: ModelConfig, dtype: str) -> Params:
-    """-> the shapes and dtypes of parameters that are still to come, as ShapeDtypeStructs."""
-    return map_specs(lambda path, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype), param_specs(config))
-
-
-def random_params(
-    config: ModelConfig,
-    dtype: str,
-    seed: int,
-    made: Callable[[tuple[Any, ...], ParamSpec, jax.Array], Any] | None = None,
-) -> Params:
-    """-> parameters of the right shapes drawn from N(0, 1 / fan_in), on the default device; norms are ones.
-
-    `made`(path, spec, parameter) says what to keep of each, if not itself.
-    """
-    specs = param_specs(config)
-
-    def draw(spec: ParamSpec, key: jax.Array) -> jax.Array:
-        kind = spec.dtype or dtype
-        if not spec.fan_in:
-            return jnp.ones(spec.shape, kind)
-        return jax.random.normal(key, spec.shape, kind) * jnp.asarray(1 / math.sqrt(spec.fan_in), kind)
-
-    draw = jax.jit(draw, static_argnums=0)
-    keys = iter(jax.random.split(jax.random.key(seed), sum(1 for _ in jax.tree.leaves(specs, is_leaf=_is_spec))))
-    keep = made or (lambda path, spec, parameter: parameter)
-    return map_specs(lambda path, spec: keep(path, spec, draw(spec, next(keys))), specs)
-
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, ParamSpec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,21 +12,33 @@ from jax import Array
 
 from engine.models import mla
 from engine.models.config import LatentSpec, LayerSpec, ModelConfig, RopeSpec
-from engine.models.layers import finite, gated_mlp, project, rms_norm, soft_cap
+from engine.models.layers import finite, gated_mlp, project, rms_norm, rms_norm_over, soft_cap
 from engine.models.moe import mixture
 from engine.models.params import Params
+from engine.models.pipeline import cut, cut_tokens, nothing
+from engine.models.placement import stage_layers
 from engine.models.rope import apply_rope, rope_tables
 from kernels.attention import AttentionSpec, Backend, HeadInputs, RaggedBatch
 from kernels.product import rows_product, take_rows
+from kernels.quantized import QuantizedTensor
+from sharding.axes import ALONE, Axes
+from sharding.heads import split_heads
+from sharding.pipeline import rotate
 
 Rope = tuple[Array, Array] | None  # cosines and sines of each token's position
+Ropes = dict[RopeSpec, tuple[Array, Array]]
 
 
-def attention_spec(config: ModelConfig, index: int) -> AttentionSpec:
-    """-> what layer `index` asks of the attention backend."""
+def attention_spec(config: ModelConfig, index: int, devices: int = 1) -> AttentionSpec:
+    """-> what layer `index` asks of the attention backend of each of the `devices` that share it."""
     layer, scale = config.layers[index], config.attention_scale or config.head_dim**-0.5
+    if layer.latent is not None:  # every device has all of the one KV head
+        heads, group = config.num_kv_heads, -(-config.group // devices)
+    else:
+        split = split_heads(config.num_kv_heads, config.group, devices)
+        heads, group = split.all_kv_heads // devices, split.own_group
     return AttentionSpec(
-        config.num_kv_heads, config.group, config.head_dim, scale,
+        heads, group, config.head_dim, scale,
         window=layer.window, soft_cap=config.attention_soft_cap, value_dim=layer.latent and layer.latent.kv_rank,
     )  # fmt: skip
 
@@ -39,9 +51,10 @@ def forward(
     tokens: Array,
     positions: Array,
     batch: RaggedBatch,
+    axes: Axes = ALONE,
 ) -> tuple[Array, list[Any]]:
     """tokens [T] i32, positions [T] i32, one ragged batch -> hidden states [T, D] after the final norm, new caches."""
-    return forward_with_taps(config, backend, params, kv_caches, tokens, positions, batch, ())[:2]
+    return forward_with_taps(config, backend, params, kv_caches, tokens, positions, batch, (), axes)[:2]
 
 
 def forward_with_taps(
@@ -53,59 +66,114 @@ def forward_with_taps(
     positions: Array,
     batch: RaggedBatch,
     taps: Sequence[int],
+    axes: Axes = ALONE,
 ) -> tuple[Array, list[Any], list[Array]]:
-    """As `forward`, and the hidden states [T, D] that go into layers `taps`; len(config.layers): out of the last."""
-    x, states = embed(config, params, tokens), []
-    ropes: dict[RopeSpec | None, Rope] = {None: None}
+    """As `forward`, and the hidden states [T, D] that go into layers `taps`; len(config.layers): out of the last.
+    Those there are on one device alone.
+
+    On a mesh this is what each device computes of its own part, inside `jax.shard_map`; the hidden states are right on
+    the last stage alone. A stage has a cache for each place of its layers (`placement.stage_layers`).
+    """
+    with jax.named_scope("embed"):
+        x = embed(params["embed"], tokens, axes)
+        if config.embedding_scale != 1:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    specs = dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None)
     with jax.named_scope("rope"):
-        for layer in config.layers:
-            if layer.rope is not None and layer.rope not in ropes:
-                ropes[layer.rope] = rope_tables(layer.rope, positions, config.max_model_len)
-    caches = []
-    for i, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
-        spec = attention_spec(config, i)
-        states.append(x)
-        x, cache = decoder_layer(config, layer, backend, spec, weights, kv_caches[i], x, ropes[layer.rope], batch)
-        caches.append(cache)
-    states.append(x)
+        ropes: Ropes = {spec: rope_tables(spec, positions, config.max_model_len) for spec in specs}
+    states: list[Array] = []
+    run = partial(_stage, config, backend, params["layers"], axes, states)
+    if axes.stage.size == 1:
+        x, caches = run(x, kv_caches, ropes, batch)
+    else:
+        count = axes.micro_batches
+        parts, size = cut(batch, count)
+        per_token = jax.tree.map(lambda a: cut_tokens(a, count, size), (x, ropes))
+
+        def one(x: Array, m: Array, is_real: Array, caches: list[Any]) -> tuple[Array, list[Any]]:
+            own_ropes, own_batch = jax.tree.map(lambda a: a[m], (per_token[1], parts))
+            return run(x, caches, own_ropes, nothing(own_batch, is_real))
+
+        x, caches = rotate(one, per_token[0], kv_caches, axes.stage)
+        x = x[:, : tokens.shape[0] // count].reshape(-1, x.shape[-1])
     with jax.named_scope("final_norm"):
         hidden = rms_norm(x, params["final_norm"], config.norm_eps)
-    return hidden, caches, [states[i] for i in taps]
+    return hidden, caches, [[*states, x][tap] for tap in taps]
 
 
-def embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
-    """tokens [T] i32 -> [T, D]."""
-    with jax.named_scope("embed"):
-        x = take_rows(params["embed"], tokens)
-        return x * jnp.asarray(config.embedding_scale, x.dtype) if config.embedding_scale != 1 else x
+def _stage(
+    config: ModelConfig, backend: Backend, layers: list[Params], axes: Axes, states: list[Array],
+    x: Array, kv_caches: list[Any], ropes: Ropes, batch: RaggedBatch,
+) -> tuple[Array, list[Any]]:  # fmt: skip
+    """All layers of this device's stage, of which `layers` are the parameters. x [T, D] -> [T, D], new caches.
 
-
-def rope_of(config: ModelConfig, layer: LayerSpec, positions: Array) -> Rope:
-    """-> cosines and sines for one layer at positions [T] i32."""
-    return None if layer.rope is None else rope_tables(layer.rope, positions, config.max_model_len)
+    `states` gets what goes into each of them.
+    """
+    stages, caches = axes.stage.size, []
+    for place, p, cache in zip(stage_layers(config.layers, stages), layers, kv_caches, strict=True):
+        if stages > 1:
+            p = jax.tree.map(lambda a: a[0], p)
+        present = [i for i in place if i is not None]
+        kinds = {config.layers[i]: attention_spec(config, i, axes.model.size) for i in present}
+        order = list(kinds)
+        which = None
+        if len(kinds) > 1:  # a place without a layer has weights of zero, and so may be of any kind
+            of_stage = [order.index(config.layers[i]) if i is not None else 0 for i in place]
+            which = jnp.array(of_stage, jnp.int32)[axes.stage.index()]
+        own = tuple(ropes[kind.rope] if kind.rope is not None else None for kind in order)
+        states.append(x)
+        x, cache = decoder_layer(config, tuple(kinds.items()), backend, axes, p, cache, x, own, batch, which)
+        caches.append(cache)
+    return x, caches
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced and lowered once for all layers that are alike; XLA inlines it
 def decoder_layer(
     config: ModelConfig,
-    layer: LayerSpec,
+    kinds: tuple[tuple[LayerSpec, AttentionSpec], ...],
     backend: Backend,
-    spec: AttentionSpec,
+    axes: Axes,
     p: Params,
     kv_cache: Any,
     x: Array,
-    rope: Rope,
+    ropes: tuple[Rope, ...],
     batch: RaggedBatch,
+    which: Array | None,
 ) -> tuple[Array, Any]:
+    """One layer of one of several kinds, `which` says of which: stages may differ where they compute side by side.
+
+    Each device has a part of the heads, widths or experts, and the sums over all of them are the only collectives.
+    """
+
     def norm(name: str, h: Array) -> Array:
         return rms_norm(h, p[name], config.norm_eps) if name in p else h
 
+    def of_kind(parts: list[Callable[..., Any]], *operands: Any) -> Any:
+        return parts[0](*operands) if which is None else jax.lax.switch(which, parts, *operands)
+
+    def complete(h: Array, bias: str) -> Array:
+        h = axes.model.sum(h)
+        return h + p[bias][None] if bias in p else h
+
     with jax.named_scope("attention"):
-        attend = _attention if layer.latent is None else partial(_latent_attention, layer.latent)
-        h, kv_cache = attend(config, backend, spec, p, kv_cache, norm("attn_norm", x), rope, batch)
-        x = x + norm("attn_post_norm", h)
+        parts = [
+            partial(
+                _attention if layer.latent is None else partial(_latent_attention, layer.latent),
+                config,
+                backend,
+                spec,
+                axes,
+                p,
+                rope=rope,
+            )
+            for (layer, spec), rope in zip(kinds, ropes, strict=True)
+        ]
+        h, kv_cache = of_kind(parts, kv_cache, norm("attn_norm", x), batch)
+        x = x + norm("attn_post_norm", complete(h, "out_bias"))
     with jax.named_scope("mlp"):
-        return x + norm("mlp_post_norm", _mlp(config, layer, p, norm("mlp_norm", x), batch)), kv_cache
+        parts = [partial(_mlp, config, layer, axes, p) for layer, _ in kinds]
+        h = of_kind(parts, norm("mlp_norm", x), batch)
+        return x + norm("mlp_post_norm", complete(h, "down_bias")), kv_cache
 
 
 def gated_layer(
@@ -117,26 +185,27 @@ def gated_layer(
     kv_cache: Any,
     x: Array,
     residual: Array,
-    rope: Rope,
     batch: RaggedBatch,
+    rope: Rope,
 ) -> tuple[Array, Any]:
     """A layer whose attention reads something else than its residual: x [T, E], normed, and [T, D] -> [T, D], cache."""
-    h, kv_cache = _attention(config, backend, spec, p, kv_cache, x, rope, batch)
+    h, kv_cache = _attention(config, backend, spec, ALONE, p, kv_cache, x, batch, rope)
     residual = residual + h
-    return residual + _mlp(config, layer, p, rms_norm(residual, p["mlp_norm"], config.norm_eps), batch), kv_cache
+    return residual + _mlp(config, layer, ALONE, p, rms_norm(residual, p["mlp_norm"], config.norm_eps), batch), kv_cache
 
 
 def _attention(
     config: ModelConfig,
     backend: Backend,
     spec: AttentionSpec,
+    axes: Axes,
     p: Params,
     kv_cache: Any,
     x: Array,
-    rope: Rope,
     batch: RaggedBatch,
+    rope: Rope,
 ) -> tuple[Array, Any]:
-    """Grouped-query attention (Ainslie et al. 2023). x [T, D] -> [T, D], new cache."""
+    """Grouped-query attention (Ainslie et al. 2023). x [T, D] -> this device's heads' part of [T, D], new cache."""
     options = {"sinks": p.get("sinks"), "kv_scales": p.get("kv_scales")}
     if backend.attend_product is not None and config.qk_norm != "width":
         inputs = HeadInputs(
@@ -146,14 +215,20 @@ def _attention(
             out, kv_cache = backend.attend_product(inputs, kv_cache, batch, spec, **options)
     else:
         qkv = project(x, p["qkv"], p.get("qkv_bias"))
-        q, k, v = qkv[:, :, : config.group], qkv[:, :, config.group], qkv[:, :, config.group + 1]
-        if config.qk_norm:
+        q, k, v = qkv[:, :, : spec.group], qkv[:, :, spec.group], qkv[:, :, spec.group + 1]
+        if config.qk_norm == "head":
             q, k = rms_norm(q, p["q_norm"], config.norm_eps), rms_norm(k, p["k_norm"], config.norm_eps)
+        if config.qk_norm == "width":
+            copies = split_heads(config.num_kv_heads, config.group, axes.model.size).copies
+            q = rms_norm_over(q, p["q_norm"], config.norm_eps, config.num_heads * config.head_dim, axes.model)
+            k = rms_norm_over(
+                k, p["k_norm"], config.norm_eps, config.num_kv_heads * copies * config.head_dim, axes.model
+            )
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         with jax.named_scope("attend"):
             out, kv_cache = backend.update_and_attend(q, k, finite(v), kv_cache, batch, spec, **options)
-    return project(out, p["out"], p.get("out_bias")), kv_cache
+    return project(out, p["out"]), kv_cache
 
 
 def _latent_attention(
@@ -161,13 +236,14 @@ def _latent_attention(
     config: ModelConfig,
     backend: Backend,
     spec: AttentionSpec,
+    axes: Axes,
     p: Params,
     kv_cache: Any,
     x: Array,
-    rope: Rope,
     batch: RaggedBatch,
+    rope: Rope,
 ) -> tuple[Array, Any]:
-    """Multi-head latent attention. x [T, D] -> [T, D], new cache."""
+    """Multi-head latent attention. x [T, D] -> this device's heads' part of [T, D], new cache."""
     assert rope is not None
     q, k = mla.queries_and_key(x, p, latent, config.norm_eps, rope)
     with jax.named_scope("attend"):
@@ -175,16 +251,27 @@ def _latent_attention(
     return mla.heads_output(out, p), kv_cache
 
 
-def _mlp(config: ModelConfig, layer: LayerSpec, p: Params, x: Array, batch: RaggedBatch) -> Array:
-    """x [T, D] -> [T, D]."""
+def _mlp(config: ModelConfig, layer: LayerSpec, axes: Axes, p: Params, x: Array, batch: RaggedBatch) -> Array:
+    """x [T, D] -> this device's part of [T, D]."""
     if layer.moe is not None:
         valid = jnp.arange(x.shape[0]) < batch.cu_q_lens[-1]
-        return mixture(x, p, layer.moe, config.activation, valid)
-    return gated_mlp(x, p["gate_up"], p["down"], config.activation, p.get("gate_up_bias"), p.get("down_bias"))
+        return mixture(x, p, layer.moe, config.activation, valid, axes.model)
+    return gated_mlp(x, p["gate_up"], p["down"], config.activation, p.get("gate_up_bias"), None)
+
+
+def embed(table: Array | QuantizedTensor, tokens: Array, axes: Axes = ALONE) -> Array:
+    """table [V, D] or this device's rows of it, tokens [T] i32 -> [T, D]."""
+    if axes.whole.size == 1:
+        return take_rows(table, tokens)
+    count = jax.tree.leaves(table)[0].shape[0]
+    own = tokens - axes.whole.index() * count
+    is_here = (own >= 0) & (own < count)
+    x = take_rows(table, jnp.clip(own, 0, count - 1))
+    return axes.whole.sum(jnp.where(is_here[:, None], x, jnp.zeros_like(x)))
 
 
 def logits(config: ModelConfig, params: Params, hidden: Array) -> Array:
-    """hidden [R, D] -> logits [R, V] float32."""
+    """hidden [R, D] -> logits [R, V] float32; on a mesh, of the part of the vocabulary that this device has."""
     with jax.named_scope("logits"):
         y = rows_product(hidden, params.get("lm_head", params["embed"]))
         return y if config.logit_soft_cap is None else soft_cap(y, config.logit_soft_cap)

@@ -44,7 +44,7 @@ from engine.server.protocol import (
 )
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore
+    from engine.replicas import Engine
 
 T = TypeVar("T")
 
@@ -202,7 +202,7 @@ class Api:
     async def _embed(self, prompts: Sequence[list[int]], pooling: str, normalize: bool) -> Iterable[np.ndarray]:
         """-> a vector for each prompt; waits while running requests hold the pages. Errors: ApiError."""
 
-        def embed(core: EngineCore) -> np.ndarray | Exception:
+        def embed(core: Engine) -> np.ndarray | Exception:
             try:
                 return core.embed(prompts, pooling, normalize)
             except (NoRoom, ValueError) as error:  # what is raised there ends the engine
@@ -225,7 +225,7 @@ class Api:
             request, self.driver, groups, form, pool=self.pool, stream=body.stream, include_usage=include_usage
         )
 
-    def _check(self, core: EngineCore, body: CompletionRequest | ChatRequest) -> None:
+    def _check(self, core: Engine, body: CompletionRequest | ChatRequest) -> None:
         self._check_model(body.model)
         if body.priority and core.config.scheduling_policy != "priority":
             raise RequestError("priority", "needs a server with --scheduling-policy priority")
@@ -236,7 +236,7 @@ class Api:
             message = f"model: there is no {name[:200]!r} here; served is {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def _render(self, core: EngineCore, arguments: dict[str, Any]) -> str:
+    async def _render(self, core: Engine, arguments: dict[str, Any]) -> str:
         """-> the chat as a prompt. Errors: RequestError, also when the template takes too long."""
         tokenizer = need_tokenizer(core)
         loop = asyncio.get_running_loop()
@@ -313,7 +313,7 @@ class Api:
         self._check_model(request.path_params["name"])
         return _json(self._card(core, request.path_params["name"]))
 
-    def _card(self, core: EngineCore, name: str) -> dict[str, Any]:
+    def _card(self, core: Engine, name: str) -> dict[str, Any]:
         about = {"id": name, "object": "model", "created": self.started, "owned_by": "quire"}
         return {**about, "root": core.config.model, "parent": None, "max_model_len": core.resolved.max_model_len}
 
@@ -339,8 +339,8 @@ class Api:
     async def stop_profile(self, request: Request) -> Response:
         return await self._profile(lambda core: core.stop_profile())
 
-    async def _profile(self, function: Callable[[EngineCore], None]) -> Response:
-        def run(core: EngineCore) -> RequestError | None:
+    async def _profile(self, function: Callable[[Engine], None]) -> Response:
+        def run(core: Engine) -> RequestError | None:
             try:
                 function(core)
             except RequestError as error:  # what is raised there ends the engine

@@ -15,7 +15,7 @@ from engine.server.protocol import ChatRequest
 from engine.server.tool_calls import SPECIAL_MARKS, ToolCall, ToolCallReader
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore
+    from engine.replicas import Engine
 
 
 class TopLogprob(msgspec.Struct):
@@ -102,7 +102,7 @@ def tool_call_parser(request: ChatRequest, parser: str | None) -> str | None:
     return parser if request.tools and request.tool_choice != "none" else None
 
 
-def prepare(core: EngineCore, request: ChatRequest, prompt: str, answer_id: str, parser: str | None) -> Group:
+def prepare(core: Engine, request: ChatRequest, prompt: str, answer_id: str, parser: str | None) -> Group:
     """-> the group for a rendered chat. Slow (it tokenizes), thread-safe. Errors: ValueError.
 
     The template has written the special tokens already, so none are added unless they are asked for.
@@ -117,7 +117,7 @@ def prepare(core: EngineCore, request: ChatRequest, prompt: str, answer_id: str,
 class ChatFormat:
     """Writes the answer to one ChatRequest (a `wire.Format`). With a `parser`, tool calls are told apart from text."""
 
-    def __init__(self, head: wire.Head, request: ChatRequest, group: Group, core: EngineCore, parser: str | None):
+    def __init__(self, head: wire.Head, request: ChatRequest, group: Group, core: Engine, parser: str | None):
         self.head = head
         self.request = request
         self.group = group

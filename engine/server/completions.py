@@ -13,7 +13,7 @@ from engine.server.prompts import encode, need_tokenizer
 from engine.server.protocol import CompletionRequest
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore
+    from engine.replicas import Engine
 
 
 class LogprobLists(msgspec.Struct):
@@ -43,7 +43,7 @@ class Completion(msgspec.Struct, omit_defaults=True):
     usage: wire.Usage | None = None
 
 
-def prepare(core: EngineCore, request: CompletionRequest, answer_id: str) -> list[Group]:
+def prepare(core: Engine, request: CompletionRequest, answer_id: str) -> list[Group]:
     """-> a group for each prompt. Slow (it tokenizes), thread-safe. Errors: ValueError."""
     params = request.sampling_params()
     salt = request.cache_salt or ""
@@ -59,7 +59,7 @@ def prepare(core: EngineCore, request: CompletionRequest, answer_id: str) -> lis
 class CompletionFormat:
     """Writes the answer to one CompletionRequest (a `wire.Format`)."""
 
-    def __init__(self, head: wire.Head, request: CompletionRequest, groups: Sequence[Group], core: EngineCore):
+    def __init__(self, head: wire.Head, request: CompletionRequest, groups: Sequence[Group], core: Engine):
         self.head = head
         self.request = request
         self.prompts = request.prompts()

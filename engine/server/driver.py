@@ -12,14 +12,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from absl import logging
 
 from engine.request import Group, RequestError, Update
-from engine.server.errors import RETRY_SOON, ApiError, engine_failed, shutting_down, still_loading
+from engine.server.errors import (
+    RETRY_LATER,
+    RETRY_SOON,
+    ApiError,
+    engine_failed,
+    host_lost,
+    shutting_down,
+    still_loading,
+)
 from engine.server.metrics import Metrics
 from engine.server.options import ServerOptions
 
 if TYPE_CHECKING:  # importing it brings JAX, and the port opens before that
-    from engine.core import EngineCore, Stats
+    from engine.core import Stats
+    from engine.replicas import Engine
 
 T = TypeVar("T")
+WATCH_SECONDS = 0.25
 
 
 class Ticket:
@@ -79,8 +89,8 @@ class Ticket:
 class Driver:
     """Owns the engine's thread. Every method but `_run` and what it calls is for the event loop."""
 
-    def __init__(self, core_factory: Callable[[], EngineCore], options: ServerOptions, metrics: Metrics):
-        self.core: EngineCore | None = None  # None while loading
+    def __init__(self, core_factory: Callable[[], Engine], options: ServerOptions, metrics: Metrics):
+        self.core: Engine | None = None  # None while loading
         self.failure: BaseException | None = None  # why the engine's thread died
         self.loaded = asyncio.Event()
         self.ended = asyncio.Event()  # the thread has nothing more to do, for good or ill
@@ -93,17 +103,17 @@ class Driver:
         self._outstanding = 0  # completions submitted and not ended
         self._unstarted: dict[str, int] = {}  # prompt tokens, times n, of each group that has yielded nothing yet
         self._unstarted_tokens = 0
-        self._inbox: list[Callable[[EngineCore], None]] = []
+        self._inbox: list[Callable[[Engine], None]] = []
         self._stopping = False
         self._wake = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- the event loop's side
 
-    def ready(self) -> EngineCore:
+    def ready(self) -> Engine:
         """-> the loaded core. Errors: ApiError 503 when there is none to be had."""
         if self.failure is not None:
-            raise ApiError(503, engine_failed().message, code="engine_failed")
+            raise ApiError(503, engine_failed().message, code="engine_failed", headers=RETRY_LATER)
         if self.closed:
             raise shutting_down()
         if self.core is None:
@@ -148,12 +158,12 @@ class Driver:
         for ticket in set(self._tickets.values()):
             self.cancel(ticket, error)
 
-    async def call(self, function: Callable[[EngineCore], T]) -> T:
+    async def call(self, function: Callable[[Engine], T]) -> T:
         """-> function(core), called in the engine's thread between two steps."""
         self.ready()
         future: asyncio.Future[T] = self._loop.create_future()
 
-        def run(core: EngineCore) -> None:
+        def run(core: Engine) -> None:
             result = function(core)
             self._post(lambda: future.done() or future.set_result(result))
 
@@ -171,15 +181,16 @@ class Driver:
             self._stopping = True
             self._wake.notify()
 
-    def _send(self, command: Callable[[EngineCore], Any]) -> None:
+    def _send(self, command: Callable[[Engine], Any]) -> None:
         with self._wake:
             self._inbox.append(command)
             self._wake.notify()
 
-    def _loaded(self, core: EngineCore, stats: Stats) -> None:
+    def _loaded(self, core: Engine, stats: Stats) -> None:
         self.core = core
         self._metrics.loaded(core.config, core.resolved, stats)
         self.loaded.set()
+        self._watch()
 
     def _accepted(self, ticket: Ticket, error: ApiError | None) -> None:
         if error is None:
@@ -233,9 +244,18 @@ class Driver:
         self._metrics.finished(group)
 
     def _died(self, error: BaseException) -> None:
-        self.failure = error
-        self.cancel_all(engine_failed())
-        self.ended.set()
+        if self.failure is None:
+            self.failure = error
+            self.cancel_all(host_lost() if isinstance(error, ConnectionError) else engine_failed())
+            self.ended.set()
+
+    def _watch(self) -> None:
+        """Look whether the engine has failed while its thread waits for devices that will never answer."""
+        assert self.core is not None
+        if (failure := self.core.failure()) is not None:
+            self._died(failure)
+        elif not self.ended.is_set():
+            self._loop.call_later(WATCH_SECONDS, self._watch)
 
     # -- the engine's side
 
@@ -244,10 +264,8 @@ class Driver:
             core = self._core_factory()
             stats = core.stats()
             self._post(lambda: self._loaded(core, stats))
-            try:
-                self._steps(core)
-            finally:
-                core.close()
+            self._steps(core)
+            core.close()
         except BaseException as error:  # the process must learn of it, whatever it is
             failure = error
             if not isinstance(error, (ValueError, OSError)):  # those explain themselves
@@ -256,7 +274,7 @@ class Driver:
         else:
             self._post(self.ended.set)
 
-    def _steps(self, core: EngineCore) -> None:
+    def _steps(self, core: Engine) -> None:
         while True:
             with self._wake:
                 while not (self._inbox or self._stopping or core.has_unfinished()):
@@ -270,7 +288,7 @@ class Driver:
             updates = core.step() if stepped else []
             self._post(functools.partial(self._deliver, updates, core.stats(), stepped))
 
-    def _add(self, core: EngineCore, ticket: Ticket) -> None:
+    def _add(self, core: Engine, ticket: Ticket) -> None:
         """Queue all of its groups; those of a ticket that is refused are aborted by the event loop."""
         error = None
         try:

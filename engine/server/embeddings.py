@@ -14,7 +14,7 @@ from engine.server.prompts import encode
 from engine.server.protocol import EmbeddingRequest
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore
+    from engine.replicas import Engine
 
 
 class Embedding(msgspec.Struct):
@@ -35,7 +35,7 @@ class Embeddings(msgspec.Struct):
     object: str = "list"
 
 
-def prepare(core: EngineCore, request: EmbeddingRequest) -> list[list[int]]:
+def prepare(core: Engine, request: EmbeddingRequest) -> list[list[int]]:
     """-> token ids of each text. Slow (it tokenizes), thread-safe. Errors: RequestError."""
     add_special_tokens = request.add_special_tokens is not False
     prompts = []

@@ -54,5 +54,9 @@ def still_loading() -> ApiError:
     return ApiError(503, "the model is still loading", code="loading", headers=RETRY_LATER)
 
 
+def host_lost() -> ApiError:
+    return ApiError(503, "one of the engine's hosts is lost", code="host_lost", headers=RETRY_LATER)
+
+
 def engine_failed() -> ApiError:
     return ApiError(500, "the engine has failed; the server's log says why", code="engine_failed")

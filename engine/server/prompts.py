@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 from engine.request import RequestError
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore
+    from engine.replicas import Engine
     from engine.tokenizer import Tokenizer
 
 
-def need_tokenizer(core: EngineCore) -> Tokenizer:
+def need_tokenizer(core: Engine) -> Tokenizer:
     """-> the engine's tokenizer. Errors: RequestError, when it runs without one."""
     if core.tokenizer is None:
         raise RequestError("prompt", "text needs a tokenizer, and this model was loaded without one")
     return core.tokenizer
 
 
-def encode(core: EngineCore, text: str, *, add_special_tokens: bool) -> list[int]:
+def encode(core: Engine, text: str, *, add_special_tokens: bool) -> list[int]:
     """-> token ids. Errors: RequestError, at once for a text that is too long whatever its tokens are."""
     tokenizer = need_tokenizer(core)
     limit = core.resolved.max_model_len

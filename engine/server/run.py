@@ -26,10 +26,10 @@ from engine.server.metrics import Metrics
 from engine.server.options import ServerOptions
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore
+    from engine.replicas import Engine
 
 
-def run(core_factory: Callable[[], EngineCore], options: ServerOptions) -> int:
+def run(core_factory: Callable[[], Engine], options: ServerOptions) -> int:
     """Serve until SIGTERM or SIGINT, or until the engine dies. -> the exit status, 0 or 1.
 
     `core_factory` is called in the engine's thread, after the port has opened. Threads that hang can't be ended: if
@@ -60,7 +60,7 @@ def listen(options: ServerOptions) -> socket.socket:
     return socket.create_server(address[:2], family=family, backlog=2048)
 
 
-async def _run(core_factory: Callable[[], EngineCore], options: ServerOptions, listener: socket.socket) -> int:
+async def _run(core_factory: Callable[[], Engine], options: ServerOptions, listener: socket.socket) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -13,7 +13,7 @@ import msgspec
 from engine.request import Group, Logprob, Logprobs, Update
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore
+    from engine.replicas import Engine
 
 LOWEST_LOGPROB = -9999.0  # stands for -inf and NaN, which JSON lacks
 DONE = b"data: [DONE]\n\n"
@@ -80,7 +80,7 @@ def clamp(logprob: float) -> float:
     return logprob if LOWEST_LOGPROB < logprob < 1.0 else LOWEST_LOGPROB
 
 
-def token_text(core: EngineCore) -> TokenText:
+def token_text(core: Engine) -> TokenText:
     """-> the text of a token, or a stand-in where the engine runs without a tokenizer."""
     return core.tokenizer.token_text if core.tokenizer is not None else "token_id:{}".format
 

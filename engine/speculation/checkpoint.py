@@ -14,7 +14,9 @@ import numpy as np
 
 from engine.models.config import ModelConfig
 from engine.models.fields import Fields
-from engine.models.params import Params, ParamSpec, abstract_params, random_params
+from engine.models.narrow import abstract_narrow, random_narrow
+from engine.models.params import Params, ParamSpec
+from engine.models.placement import whole
 from engine.models.read import from_hugging_face
 from engine.speculation.drafter import Drafter
 from engine.speculative_config import SpeculativeConfig
@@ -52,7 +54,7 @@ def abstract_draft(drafter: Drafter, dtype: str) -> Params:
     """-> shapes and dtypes of the parameters that draft."""
     assert drafter.model is not None
     own = {name: jax.ShapeDtypeStruct(s.shape, s.dtype or dtype) for name, s in _head_specs(drafter).items()}
-    return abstract_params(drafter.model, dtype) | own
+    return abstract_narrow(drafter.model, dtype, {}) | own
 
 
 def _head_specs(drafter: Drafter) -> dict[str, ParamSpec]:
@@ -177,7 +179,8 @@ def _whole(source: str, name: str, tensor: StoredTensor, shape: tuple[int, ...])
 def _random(drafter: Drafter, dtype: str, seed: int) -> Params:
     """-> parameters that mean nothing, of the right shapes."""
     assert drafter.model is not None
-    params, draw = random_params(drafter.model, dtype, seed), np.random.default_rng(seed)
+    params = random_narrow(drafter.model, dtype, seed, whole(drafter.model), {})
+    draw = np.random.default_rng(seed)
     for name, spec in _head_specs(drafter).items():
         if spec.dtype == "int32":
             params[name] = jnp.arange(spec.shape[0], dtype=jnp.int32)

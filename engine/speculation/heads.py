@@ -18,11 +18,13 @@ from jax import Array
 from engine.models.config import ModelConfig
 from engine.models.layers import project, rms_norm
 from engine.models.params import Params
-from engine.models.transformer import attention_spec, decoder_layer, embed, gated_layer, logits, rope_of
+from engine.models.rope import rope_tables
+from engine.models.transformer import attention_spec, decoder_layer, embed, gated_layer, logits
 from engine.sampler import SlotTables
 from engine.speculation.drafter import Drafter
 from engine.speculation.rows import Rows
 from kernels.attention import Backend, RaggedBatch
+from sharding.axes import ALONE
 
 Choose = Callable[[Array, Array, SlotTables], Array]  # logits [R, V], positions [R], tables -> tokens i32[R]
 
@@ -46,18 +48,20 @@ def advance(
     """seen [T, D] at positions [T], and the tokens behind them i32[T] -> the head's output [T, D], new caches."""
     config, p = drafter.model, params["draft"]
     assert config is not None
-    token = embed(target, params, next_tokens)
+    token = embed(params["embed"], next_tokens)
+    token = token * jnp.asarray(target.embedding_scale, token.dtype)
     weights, spec, layer = p["layers"][0], attention_spec(config, 0), config.layers[0]
     norm = lambda x, weight: rms_norm(x, weight, config.norm_eps)
-    rope = rope_of(config, layer, positions)
+    rope = None if layer.rope is None else rope_tables(layer.rope, positions, config.max_model_len)
     if drafter.config.method == "mtp":
         x = project(jnp.concatenate([norm(token, p["enorm"]), norm(seen, p["hnorm"])], axis=-1), p["eh_proj"])
-        out, cache = decoder_layer(config, layer, backend, spec, weights, caches[0], x, rope, batch)
+        kinds = ((layer, spec),)
+        out, cache = decoder_layer(config, kinds, backend, ALONE, weights, caches[0], x, (rope,), batch, None)
     else:
         normed = norm(seen, p["hidden_norm"])
         x = jnp.concatenate([norm(token, weights["attn_norm"]), normed], axis=-1)
         before = normed if drafter.norm_before_residual else seen
-        out, cache = gated_layer(config, layer, backend, spec, weights, caches[0], x, before, rope, batch)
+        out, cache = gated_layer(config, layer, backend, spec, weights, caches[0], x, before, batch, rope)
     return out, [cache]
 
 

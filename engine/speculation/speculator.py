@@ -23,6 +23,15 @@ class SpeculationStats:
     accepted_per_position: list[int] = field(default_factory=list)
 
 
+def in_all(each: Sequence[SpeculationStats]) -> SpeculationStats | None:
+    """-> the sums of several engines' counters; None of none."""
+    if not each:
+        return None
+    total = lambda name: sum(getattr(stats, name) for stats in each)
+    places = [sum(counts) for counts in zip(*(stats.accepted_per_position for stats in each), strict=True)]
+    return SpeculationStats(total("num_drafts"), total("num_draft_tokens"), total("num_accepted_tokens"), places)
+
+
 class Speculator:
     """Keeps what is known of each running request's drafts."""
 

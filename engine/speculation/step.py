@@ -10,17 +10,17 @@ from jax import Array
 
 from engine.models.config import ModelConfig
 from engine.models.params import Params
-from engine.models.transformer import forward_with_taps, logits
-from engine.request import MAX_LOGPROBS
+from engine.models.transformer import forward_with_taps
 from engine.sampler import WANTS_LOGPROBS, SlotTables, sample
 from engine.speculation import draft_model, heads, ngram
 from engine.speculation.drafter import Drafter
 from engine.speculation.lengths import length_of
 from engine.speculation.rows import Rows
 from engine.speculation.verify import Runs, forced, num_kept
-from engine.step import DeviceState, StepOutput, grow_table, sampling_input
+from engine.step import DeviceState, StepOutput, grow_table, sample_rows, sampling_input
 from engine.step_input import StepShape, unpack
 from kernels.attention import Backend
+from sharding.axes import ALONE, Axes
 
 
 def speculating_step(
@@ -32,6 +32,7 @@ def speculating_step(
     params: Params,
     state: DeviceState,
     flat: Array,
+    axes: Axes = ALONE,
 ) -> tuple[DeviceState, StepOutput]:
     """Draft, then compute one step of decodes with their drafts. As step.step; what comes before `params` is static.
 
@@ -88,7 +89,7 @@ def speculating_step(
     runs = part["cu_q_lens"][:-1], shape.drafts + 1
     tokens, positions, batch = rows.spread(row, behind, tables.tokens, page_size, runs)
     hidden, kv_caches, tapped = forward_with_taps(
-        config, backend, params, state.kv_caches, tokens, positions, batch, drafter.taps
+        config, backend, params, state.kv_caches, tokens, positions, batch, drafter.taps, axes
     )
 
     with jax.named_scope("verify"):
@@ -98,9 +99,8 @@ def speculating_step(
             "sample_positions": positions + 1,
             "slots": slots[row],
         }
-        out = sample(
-            logits(config, params, hidden), sampling_input(each), tables, num_logprobs=MAX_LOGPROBS, plain=shape.plain
-        )
+        of_all = axes.stage.last(hidden)
+        out = sample_rows(config, params, of_all, sampling_input(each), tables, shape.plain, axes)
         ahead = jnp.arange(shape.drafts + 1, dtype=jnp.int32)[None]
         places = jnp.where(ahead <= count[:, None], part["cu_q_lens"][:-1, None] + ahead, shape.tokens)
         sampled = out.token.at[places].get(mode="fill", fill_value=-1)

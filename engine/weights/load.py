@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 
 from engine.models.config import ModelConfig
 from engine.models.families import Family
@@ -21,7 +20,6 @@ from engine.models.narrow import (
     INPUTS,
     Path,
     Plan,
-    Split,
     Storage,
     array_shape,
     joined,
@@ -29,6 +27,7 @@ from engine.models.narrow import (
     outputs_of,
 )
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
+from engine.models.placement import Placed, map_placed, whole
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
 from engine.weights.gguf import open_gguf
@@ -43,7 +42,7 @@ from engine.weights.part import Part
 from engine.weights.place import place
 from engine.weights.quantization import Quantization, choose_quantization
 from engine.weights.safetensors import open_safetensors
-from engine.weights.shards import Arrivals, Shard, ShardingRule
+from engine.weights.shards import Arrivals, Shard, aligned
 from engine.weights.stored import StoredTensor, read_all
 from engine.weights.stream import Streamer
 from kernels.quantized import QuantizedTensor
@@ -112,23 +111,24 @@ def _read_config(folder: FilePath) -> tuple[Family, ModelConfig, dict[str, Any]]
 def load_params(
     checkpoint: Checkpoint | OrbaxCheckpoint,
     dtype: str,
-    sharding: ShardingRule | None = None,
+    placed: Params | None = None,
     quantization: Quantization = WIDE,
 ) -> Params:
-    """-> the model's parameters in `dtype`, or as `quantization` has them, read from the files into their shards.
+    """-> the model's parameters in `dtype`, or as `quantization` has them, read straight into their shards' memory.
 
-    Only what this host's devices hold is read: with `sharding`, the shards of each parameter that are addressable
-    here; without it, everything, for the default device. Beside the parameters themselves, which on an accelerator are
-    not in the host's memory, that holds no more than twice the largest tensor, or one parameter if that is more.
-    Quantized parameters are for one device.
+    Only what this host's devices hold is read: with `placed`, a tree of `placement.Placed`, the shards of each array
+    that are addressable here; without it, everything, for the default device. Beside the parameters themselves, which
+    on an accelerator are not in the host's memory, that holds no more than twice the largest tensor, or one parameter
+    if that is more; where shards are made of several boxes of parameters, twice that. Quantized parameters are for one
+    device, the default one.
 
     Errors: ValueError that names missing, surplus or misshapen tensors, or a file that cannot be read.
     """
-    if quantization.plan and sharding is not None:
-        raise ValueError("quantization: quantized parameters cannot be split over devices yet; leave it out")
+    placed = whole(checkpoint.config) if placed is None else placed
+    plan = quantization.plan
     if isinstance(checkpoint, OrbaxCheckpoint):
-        wide = restore(checkpoint, dtype, sharding)
-        return map_specs(partial(_narrow_in_place, wide, quantization.plan), param_specs(checkpoint.config))
+        wide = restore(checkpoint, dtype, placed)
+        return map_specs(partial(_narrow_in_place, wide, plan), param_specs(checkpoint.config)) if plan else wide
     made = recipes(checkpoint.config, checkpoint.family, checkpoint.style)
     tensors = checkpoint.tensors
     check_tensors(checkpoint.source, checkpoint.config, made, {name: t.shape for name, t in tensors.items()})
@@ -138,17 +138,26 @@ def load_params(
     by_path = {recipe.path: recipe for recipe in made}
     largest = max(math.prod(tensor.shape) for tensor in tensors.values()) * jnp.dtype(dtype).itemsize
     arrivals = Arrivals(2 * largest)
+    readable = lambda part: _readable(tensors[part.tensor])
 
     with Streamer() as streamer:
 
-        def plain(parts: Sequence[Part], shape: tuple[int, ...], kind: str, where: Sharding | None) -> jax.Array:
-            readable = {part.tensor: _readable(tensors[part.tensor]) for part in parts}
-
+        def spread(placed: Placed) -> jax.Array:
             def fill(shards: Sequence[Shard]) -> None:
-                placed = [(part, place(part, *shard)) for part in parts for shard in shards]
-                streamer.fill([(readable[part.tensor], placement) for part, placement in placed if placement])
+                boxes = [box for shard in shards for box in _boxes(placed, shard)]
+                made = [(part, place(part, *box.memory)) for box in boxes for part in by_path[box.path].parts]
+                streamer.fill([(readable(part), placement) for part, placement in made if placement])
+                for box in boxes:
+                    box.settle()
 
-            return arrivals.make(shape, kind, where, fill)
+            return arrivals.make(placed.shape, placed.spec.dtype or dtype, placed.sharding, fill)
+
+        def plain(parts: Sequence[Part], shape: tuple[int, ...], kind: str) -> jax.Array:
+            def fill(shards: Sequence[Shard]) -> None:
+                made = [(part, place(part, *shard)) for part in parts for shard in shards]
+                streamer.fill([(readable(part), placement) for part, placement in made if placement])
+
+            return arrivals.make(shape, kind, None, fill)
 
         def packed(parts: Sequence[Part], name: str, shape: tuple[int, ...], storage: Storage) -> QuantizedTensor:
             outputs, inputs = outputs_of(name, shape)
@@ -175,23 +184,27 @@ def load_params(
                 arrays[array] = arrivals.make(whole, kind, None, fill)
             return QuantizedTensor(layout, **arrays)
 
-        def one(path: Path, spec: ParamSpec) -> Any:
-            parts, how, kind = by_path[path].parts, quantization.plan.get(path), spec.dtype or dtype
-            if how is None:
-                return plain(parts, spec.shape, kind, sharding(path, spec) if sharding else None)
-            if isinstance(how, Split):
-                pieces = []
-                for i, (first, end, storage) in enumerate(how.pieces):
-                    shape = (*spec.shape[: how.axis], end - first, *spec.shape[how.axis + 1 :])
-                    own = parts_of_piece(parts, how, i)
-                    made = packed(own, path[-1], shape, storage) if storage else plain(own, shape, kind, None)
-                    pieces.append(made)
-                return joined(path, how, pieces)
-            if quantization.online:
-                return narrowed(plain(parts, spec.shape, kind, None), INPUTS[path[-1]], how.layout)
-            return packed(parts, path[-1], spec.shape, how)
+        def one(placed: Placed) -> Any:
+            path = placed.sources[0]
+            how = plan.get(path) if path is not None else None
+            if path is None or how is None:
+                return spread(placed)
+            assert placed.is_plain and placed.sharding is None
+            if quantization.online and isinstance(how, Storage):
+                return narrowed(spread(placed), INPUTS[path[-1]], how.layout)
+            parts, spec = by_path[path].parts, placed.spec
+            if isinstance(how, Storage):
+                return packed(parts, path[-1], spec.shape, how)
+            pieces = []
+            for i, (first, end, storage) in enumerate(how.pieces):
+                shape = (*spec.shape[: how.axis], end - first, *spec.shape[how.axis + 1 :])
+                own = parts_of_piece(parts, how, i)
+                pieces.append(
+                    packed(own, path[-1], shape, storage) if storage else plain(own, shape, spec.dtype or dtype)
+                )
+            return joined(path, how, pieces)
 
-        return map_specs(one, param_specs(checkpoint.config))
+        return map_placed(one, placed)
 
 
 def _narrow_in_place(wide: Params, plan: Plan, path: Path, spec: ParamSpec) -> Any:
@@ -220,3 +233,29 @@ def quantization_of(
 def _readable(tensor: StoredTensor) -> StoredTensor:
     """-> the tensor, such that runs of it can be read quickly."""
     return expanded(tensor) if isinstance(tensor, Packed) else tensor
+
+
+class _Box(NamedTuple):
+    """Memory for a box of a parameter, and the part of a shard that it is for, unless it is that part already."""
+
+    path: tuple[Any, ...]
+    memory: Shard
+    target: np.ndarray | None
+
+    def settle(self) -> None:
+        if self.target is not None:
+            self.target[...] = self.memory.array.reshape(self.target.shape)
+
+
+def _boxes(placed: Placed, shard: Shard) -> Iterator[_Box]:
+    """Yields what a shard is made of; what no box fills is zero from now on. A shard of one box is filled in place."""
+    array, corner = shard
+    pieces = list(placed.pieces(corner, array.shape))
+    if len(pieces) == 1 and not placed.stacked and array[pieces[0].at].shape == array.shape:
+        yield _Box(pieces[0].path, Shard(array, pieces[0].corner), None)
+        return
+    array[...] = 0
+    for path, start, at in pieces:
+        target = array[at]
+        size = target.shape[1:] if placed.stacked else target.shape
+        yield _Box(path, Shard(aligned(size, array.dtype), start), target)

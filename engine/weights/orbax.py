@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from jax.sharding import SingleDeviceSharding
 from engine.models.check import check_config
 from engine.models.config import ModelConfig
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
+from engine.models.relay import laid_out, stored_sharding
 from engine.weights.gguf import VOCABULARY_NAME, open_gguf
-from engine.weights.shards import ShardingRule
 
 VERSION = 1
 CONFIG_NAME, PARAMS_NAME = "quire.json", "params"
@@ -92,17 +94,20 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"{folder}: exists and is not an empty folder; name another or remove it")
 
 
-def restore(checkpoint: OrbaxCheckpoint, dtype: str, sharding: ShardingRule | None = None) -> Params:
-    """-> the parameters in `dtype`, each read by every host straight into its own shards (None: the default device).
+def restore(checkpoint: OrbaxCheckpoint, dtype: str, placed: Params) -> Params:
+    """-> the parameters in `dtype`, each read by every host straight into its own shards.
+
+    What lies on the mesh padded or stacked is read split over all of its devices, and laid out there.
 
     Errors: ValueError that names missing, surplus or misshapen parameters.
     """
     specs = param_specs(checkpoint.config)
     device = SingleDeviceSharding(jax.devices()[0])
 
+    where = stored_sharding(placed)
+
     def target(path: tuple[Any, ...], spec: ParamSpec) -> jax.ShapeDtypeStruct:
-        where = sharding(path, spec) if sharding else device
-        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype), sharding=where)
+        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype), sharding=where[path] or device)
 
     targets = map_specs(target, specs)
     largest = max(math.prod(t.shape) * t.dtype.itemsize for t in jax.tree.leaves(targets))
@@ -119,9 +124,12 @@ def restore(checkpoint: OrbaxCheckpoint, dtype: str, sharding: ShardingRule | No
 
         wanted = args.PyTreeRestore(item=targets, restore_args=checkpoint_utils.construct_restore_args(targets))
         try:
-            return checkpointer.restore(path, args=wanted)
+            restored = checkpointer.restore(path, args=wanted)
         except Exception as error:  # as above
             raise ValueError(f"{path}: cannot be restored: {type(error).__name__}: {error!s:.300}") from error
+    sources: dict[tuple[Any, ...], jax.Array] = {}
+    map_specs(lambda path, spec: sources.update({path: reduce(operator.getitem, path, restored)}), specs)
+    return laid_out(sources, placed)
 
 
 @contextlib.contextmanager

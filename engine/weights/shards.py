@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from engine.models.params import ParamSpec
-
-ShardingRule = Callable[[tuple[Any, ...], ParamSpec], Sharding]  # (path, spec) -> where the parameter goes
 ALIGNMENT = 64  # bytes; memory that is aligned so becomes a CPU device's array as it is, without a copy
 
 

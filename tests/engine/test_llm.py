@@ -73,7 +73,7 @@ def test_an_argument_that_does_not_exist_is_refused_by_name(name: str):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(tensor_parallel_size=2), "tensor_parallel_size: only 1"),
+        (dict(tensor_parallel_size=10**6), "tensor_parallel_size 1000000 x .* needs 1000000 devices, and there are"),
         (dict(quantization="fp9"), "quantization: must be one of"),
         (dict(block_size=24), "block_size: must be one of"),
         (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization: must be in"),

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from engine import LLM, RequestError, SamplingParams
 from engine.config import ResolvedConfig
+from engine.layout import StepLayout
 from engine.models.transformer import attention_spec
 from engine.pages import PagePool
 from engine.pooling import Pooler
@@ -43,7 +45,8 @@ def model(request) -> tuple[Pooler, list[dict[str, Any]]]:
     state = DeviceState(caches, jnp.zeros((3, 96 // PAGE), jnp.int32), None)  # type: ignore[arg-type]
     params = load_params(checkpoint, "float32")
     runner: Any = SimpleNamespace(
-        model=checkpoint.config, backend=backend, params=params, page_size=PAGE, state=state
+        model=checkpoint.config, backend=backend, params=params, page_size=PAGE, state=state,
+        layout=StepLayout(checkpoint.config, Mesh([[jax.devices()[0]]], ("stage", "model"))),
     )  # fmt: skip
     return Pooler(runner, PagePool(PAGES + 1, PAGE, True), RESOLVED), read_cases(request.param)
 

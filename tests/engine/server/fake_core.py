@@ -151,6 +151,9 @@ class FakeCore:
         self.aborted.append(request_id)
         self.groups.pop(request_id, None)
 
+    def failure(self) -> Exception | None:
+        return None
+
     def has_unfinished(self) -> bool:
         return bool(self.groups)
 

@@ -11,7 +11,8 @@ import pytest
 from scipy.stats import chisquare
 
 from engine.models.config import LayerSpec, ModelConfig, RopeSpec
-from engine.models.params import random_params
+from engine.models.narrow import random_narrow
+from engine.models.placement import whole
 from engine.models.transformer import attention_spec
 from engine.sampler import ACTIVE
 from engine.slots import empty_tables
@@ -47,7 +48,7 @@ def test_a_forced_acceptance_is_that_share_of_all_drafts(share: float):
 @pytest.fixture(scope="module")
 def draw():
     """-> a function: drafts [K] -> what many requests got behind one token, [draws, K + 1], -1 where nothing."""
-    params, backend = random_params(MODEL, "float32", 1), BACKENDS["xla"]
+    params, backend = random_narrow(MODEL, "float32", 1, whole(MODEL), {}), BACKENDS["xla"]
     params["lm_head"] = params["lm_head"] * 1.4  # far from uniform
     shape = StepShape(ROWS, ROWS * (K + 1), drafts=K, follows=True)
     drafter = Drafter(SpeculativeConfig("suffix", K))

@@ -26,6 +26,7 @@ from pathlib import Path
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from engine.convert import convert
+from engine.models.placement import whole as placed_whole
 from engine.weights.load import load_params, open_checkpoint
 
 count = 0
@@ -48,13 +49,13 @@ for name, rule in rules.items():
     def sharding(path, spec):
         return NamedSharding(mesh, PartitionSpec(*(rule(spec).get(axis) for axis in spec.axes)))
     count = 0
-    params = load_params(checkpoint, "float32", sharding)
+    params = load_params(checkpoint, "float32", placed_whole(checkpoint.config, sharding))
     same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), params, whole)
     placed = jax.tree.map(lambda a: len(a.sharding.device_set) == 8, params)
     answers[name] = [count, all(jax.tree.leaves(same)) and all(jax.tree.leaves(placed))]
 
 convert(sys.argv[1], Path(sys.argv[2]), "float32")
-restored = load_params(open_checkpoint(Path(sys.argv[2])), "float32", sharding)
+restored = load_params(open_checkpoint(Path(sys.argv[2])), "float32", placed_whole(checkpoint.config, sharding))
 same = jax.tree.map(lambda a, b: a.sharding == b.sharding and np.array_equal(a, b), restored, params)
 answers["restored"] = all(jax.tree.leaves(same))
 
@@ -70,7 +71,7 @@ class OneColumn:
 
 jax.make_array_from_single_device_arrays = lambda shape, sharding, arrays: arrays[0]  # nobody has the other shards
 count = 0
-load_params(checkpoint, "float32", OneColumn)
+load_params(checkpoint, "float32", placed_whole(checkpoint.config, OneColumn))
 answers["one column"] = [count, True]
 print(json.dumps(answers))
 """

@@ -1,0 +1,116 @@
+"""What of a step lies where on a mesh: parameters and caches in parts over its devices, all else on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engine.models.config import ModelConfig
+from engine.models.narrow import Plan, abstract_narrow
+from engine.models.params import Params
+from engine.models.pipeline import micro_batches
+from engine.models.placement import abstract, on_all, on_mesh, stage_layers
+from engine.models.transformer import attention_spec
+from engine.slots import empty_tables
+from engine.speculation.checkpoint import abstract_draft
+from engine.speculation.drafter import Drafter
+from engine.speculation.step import speculating_step
+from engine.step import DeviceState, StepOutput, step
+from engine.step_input import StepShape, flat_size
+from kernels.attention import Backend
+from sharding.axes import axes_of
+from sharding.mesh import AXES
+
+ALL, EACH = PartitionSpec(), PartitionSpec(AXES[1:])  # whole on every device; a part, along the first axis, on each
+EMPTY: Plan = {}
+MICRO_TOKENS = {"cpu": 8}  # of a pipeline's micro-batch at least: with fewer, a stage's time is that of its weights
+OTHER_MICRO_TOKENS = 128
+
+
+class StepLayout:
+    """A model on a mesh (stage, model). `specs`: what each place of a stage asks of the attention backend."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        mesh: Mesh,
+        expert_parallel: bool = False,
+        plan: Plan = EMPTY,
+        drafter: Drafter | None = None,
+    ):
+        """`plan`: which parameters are stored in few bits, on a mesh of one device. `drafter`: who speculates, if any.
+        Errors: ValueError for a mesh that cannot hold the model."""
+        assert mesh.size == 1 or not plan
+        self.plan, self.drafter = plan, drafter
+        draft = drafter and drafter.model
+        assert mesh.size == 1 or draft is None
+        self.draft_specs = [attention_spec(draft, i) for i in range(len(draft.layers))] if draft else []
+        self.model, self.mesh, self.axes = model, mesh, axes_of(mesh)
+        self.placed = on_mesh(model, mesh, expert_parallel)
+        places = stage_layers(model.layers, self.axes.stage.size)
+        self.specs = [attention_spec(model, place[0] or 0, self.axes.model.size) for place in places]
+        self.of_all = on_all(mesh)
+        self.of_each = NamedSharding(mesh, EACH) if mesh.size > 1 else self.of_all
+        # In the form that shard_map takes.
+        self.param_specs = jax.tree.map(
+            lambda a: a.sharding.spec if mesh.size > 1 else ALL, abstract(self.placed, "int8")
+        )
+        self._platform = mesh.devices.flat[0].platform
+
+    def params(self, dtype: str) -> Params:
+        """-> shapes, dtypes and shardings of the parameters."""
+        own = abstract_narrow(self.model, dtype, self.plan) if self.plan else abstract(self.placed, dtype)
+        drafts = self.drafter is not None and self.drafter.model is not None
+        return own | {"draft": abstract_draft(self.drafter, dtype)} if self.drafter and drafts else own
+
+    def state(
+        self, backend: Backend, num_pages: int, page_size: int, dtypes: tuple[str, str], slots: int, max_model_len: int
+    ) -> DeviceState:
+        """-> shapes, dtypes and shardings of the state; `dtypes`: the model's and the KV cache's.
+
+        Each device has its own heads' pages; of the caches of all together, pages are the first axis again.
+        """
+        dtype, kv_dtype = dtypes
+        caches = [backend.cache_spec(spec, num_pages * self.mesh.size, page_size, kv_dtype) for spec in self.specs]
+        page_table = jax.ShapeDtypeStruct((slots, -(-max_model_len // page_size)), jnp.int32)
+        tables = jax.eval_shape(partial(empty_tables, slots, max_model_len, self.model.vocab_size))
+        lengths = jax.ShapeDtypeStruct((slots,), jnp.int32) if self.drafter else None
+        drafts = [backend.cache_spec(spec, num_pages, page_size, kv_dtype) for spec in self.draft_specs]
+        outputs = None
+        if self.drafter and self.drafter.has_head:
+            outputs = jax.ShapeDtypeStruct((slots, self.model.hidden_size), dtype)
+        rest = (page_table, tables, lengths, drafts, outputs)
+        return DeviceState(_on(self.of_each, caches), *_on(self.of_all, rest))
+
+    def flat(self, shape: StepShape) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32, sharding=self.of_all)
+
+    def step(
+        self, backend: Backend, page_size: int, shape: StepShape, params: Params, state: DeviceState, flat: Array
+    ) -> tuple[DeviceState, StepOutput]:
+        """As `step.step`, over the whole mesh."""
+        least = MICRO_TOKENS.get(self._platform, OTHER_MICRO_TOKENS)
+        axes = replace(self.axes, micro_batches=micro_batches(shape.tokens, self.axes.stage.size, least))
+        one = partial(step, self.model, backend, page_size, shape, axes=axes, drafter=self.drafter)
+        if shape.drafts:
+            assert self.drafter is not None
+            one = partial(speculating_step, self.drafter, self.model, backend, page_size, shape, axes=axes)
+        own: Any = DeviceState(EACH, ALL, ALL, ALL if self.drafter else None)  # type: ignore[arg-type]
+        return self.spread(one, (self.param_specs, own, ALL), (own, ALL))(params, state, flat)
+
+    def spread(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+        """-> the function as every device of the mesh computes it on its own parts of what `inputs` splits."""
+        if self.mesh.size == 1:
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def _on(sharding: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)

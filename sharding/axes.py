@@ -1,0 +1,75 @@
+"""The mesh as code inside `jax.shard_map` sees it: the collectives along an axis, and none where it has one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a mesh, or several as one. Every method is the identity where there is one device."""
+
+    names: tuple[str, ...] = ()
+    size: int = 1
+
+    def index(self) -> Array | int:
+        """-> this device's place along the axis."""
+        return lax.axis_index(self.names) if self.size > 1 else 0
+
+    def sum(self, x: Array) -> Array:
+        """-> the sum of every device's x, on each."""
+        return lax.psum(x, self.names) if self.size > 1 else x
+
+    def pick(self, x: Array) -> Array:
+        """x [R, ...], the same on each -> [R / size, ...]: this device's rows. `size` must divide R."""
+        if self.size == 1:
+            return x
+        count = x.shape[0] // self.size
+        return lax.dynamic_slice_in_dim(x, self.index() * count, count)
+
+    def gather(self, x: Array, axis: int = 0) -> Array:
+        """x [R, ...] -> [R * size, ...]: every device's rows (or entries of another axis) in order."""
+        return lax.all_gather(x, self.names, axis=axis, tiled=True) if self.size > 1 else x
+
+    def exchange(self, x: Array) -> Array:
+        """x [R, C], every row's columns spread over the devices -> [R / size, C * size]: whole rows, spread instead."""
+        return lax.all_to_all(x, self.names, 0, 1, tiled=True) if self.size > 1 else x
+
+    def onward(self, x: Array) -> Array:
+        """-> x of the device before this one; zeros on the first."""
+        return lax.ppermute(x, self.names, [(i, i + 1) for i in range(self.size - 1)]) if self.size > 1 else x
+
+    def last(self, x: Array) -> Array:
+        """-> the last device's x, on each."""
+        return self.sum(jnp.where(self.index() == self.size - 1, x, jnp.zeros_like(x))) if self.size > 1 else x
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Along `model` devices share each layer, along `stage` they hold one group of layers after another.
+
+    `micro_batches`: into how many parts a step's tokens are cut, so that all stages have something to do.
+    """
+
+    model: Axis = Axis()
+    stage: Axis = Axis()
+    micro_batches: int = 1
+
+    @cached_property
+    def whole(self) -> Axis:
+        """-> both as one."""
+        return Axis(self.stage.names + self.model.names, self.stage.size * self.model.size)
+
+
+ALONE = Axes()
+
+
+def axes_of(mesh: Mesh, micro_batches: int = 1) -> Axes:
+    """-> the axes of a mesh (stage, model)."""
+    named = {name: Axis((name,) if mesh.shape[name] > 1 else (), mesh.shape[name]) for name in ("model", "stage")}
+    return Axes(**named, micro_batches=micro_batches)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from engine.models.narrow import ONLINE, abstract_narrow, random_narrow
-from engine.models.params import map_specs, num_bytes, param_specs, random_params
+from engine.models.params import map_specs, num_bytes, param_specs
+from engine.models.placement import whole
+from engine.models.relay import random_params
 from engine.weights.gguf_blocks import BLOCK_TYPES
 from engine.weights.gguf_packed import TYPES
 from engine.weights.load import load_params, open_checkpoint, quantization_of
@@ -124,7 +126,7 @@ def test_random_and_loaded_weights_are_quantized_alike(tmp_path: pathlib.Path, m
     checkpoint = open_checkpoint(save(tmp_path / "model.gguf", {}, "F32"))
     quantization = quantization_of(checkpoint, method, "cpu", "float32")
     loaded = load_params(checkpoint, "float32", quantization=quantization)
-    drawn = random_narrow(checkpoint.config, "float32", 0, quantization.plan)
+    drawn = random_narrow(checkpoint.config, "float32", 0, whole(checkpoint.config), quantization.plan)
     assert jax.tree.structure(loaded) == jax.tree.structure(drawn)
     assert isinstance(loaded["layers"][0]["qkv"], QuantizedTensor)
     assert isinstance(loaded["embed"], jax.Array)
@@ -133,7 +135,7 @@ def test_random_and_loaded_weights_are_quantized_alike(tmp_path: pathlib.Path, m
         seen = as_the_model_sees(name, loaded["layers"][0][name], wide[name].shape)
         bound = np.abs(wide[name]).max() * (0.15 if method == "int4" else 0.07)
         assert np.abs(seen - wide[name]).max() <= bound
-    random = random_params(checkpoint.config, "float32", 0)["layers"][0]["down"]
+    random = random_params(checkpoint.config, "float32", 0, whole(checkpoint.config))["layers"][0]["down"]
     seen = as_the_model_sees("down", drawn["layers"][0]["down"], random.shape)
     assert np.abs(seen - random).max() <= np.abs(random).max() * 0.15
 

@@ -78,6 +78,18 @@ def _in_blocks(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
     return jax.lax.fori_loop(0, outputs // block, turn, jnp.zeros((x.shape[0], outputs), dtype))
 
 
+def how_multiplied(weight: QuantizedTensor, platform: str) -> str:
+    """-> in words, what a platform's products do with a weight: JAX's name of it, "gpu", "tpu" or "cpu"."""
+    if platform == "gpu":
+        kind = cuda.kind_of(weight)
+        if kind is None:
+            return "unpacked by XLA"
+        return "unpacked in registers" if kind == cuda.PACKED else f"multiplied as {weight.values.dtype}"
+    if platform == "tpu" and pallas.supports(weight) is None:
+        return f"multiplied as {weight.values.dtype}" if pallas.stays_narrow(weight) else "unpacked in VMEM"
+    return "multiplied as integers" if platform == "cpu" and cpu.supports(1, weight) else "unpacked by XLA"
+
+
 def reference(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
     """As `matrix_product`, in plain XLA."""
     layout = weight.layout

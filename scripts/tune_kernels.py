@@ -1,6 +1,6 @@
-"""Find the kernel and block sizes that are best for products with quantized weights, on all GPUs of this machine.
+"""Find what is best for products with quantized weights and for decode attention, on all GPUs of this machine.
 
-    python scripts/tune_kernels.py --model DIR [--tp N] [--format fp8_block] [--tokens 1,8,64]
+    python scripts/tune_kernels.py --model DIR [--tp N] [--format fp8_block] [--attention] [--tokens 1,8,64]
     python scripts/tune_kernels.py --shapes 6144x4096,4096x4096 --format int4
 
 A device takes batch size after batch size. Each begins with the engine's default and one plan of every other kernel,
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from attention_cases import DTYPE, find_tiles
 from product_cases import FORMATS, LIMIT, compiled, copies_of, random_weight, relative_error, time_of, wanted
 from product_plans import FIELDS, neighbours, starts
 from tuning import Found, Job, search
@@ -36,6 +37,8 @@ from engine.models.narrow import INPUTS, VOCABULARY, outputs_of
 from engine.models.params import ParamSpec, map_specs, param_specs
 from engine.weights.load import read_config
 from kernels import tuned
+from kernels.attention import AttentionSpec
+from kernels.cuda.attention import decode_file
 from kernels.cuda.product import Plan, default_plan, dtype_name, kind_of, multiply
 from kernels.quantized import QuantizedTensor
 from sharding.rules import partition_spec
@@ -64,6 +67,13 @@ def shapes_of(config: ModelConfig, parts: int) -> list[tuple[int, int]]:
     return sorted(found)
 
 
+def attention_of(config: ModelConfig, parts: int) -> AttentionSpec:
+    """-> a model's heads on one of `parts` devices; windows and the like share their tiles."""
+    if config.num_kv_heads % parts:
+        raise ValueError(f"--tp: {config.num_kv_heads} KV heads cannot be split in {parts}")
+    return AttentionSpec(config.num_kv_heads // parts, config.group, config.head_dim, config.head_dim**-0.5)
+
+
 class Search:
     """Finds a job's best plan on a device. Weights are made once for a device and file."""
 
@@ -73,7 +83,9 @@ class Search:
         self.made: dict[Any, tuple[str, list[QuantizedTensor]]] = {}
 
     def find(self, job: Job, device: Any, stop: threading.Event) -> Found:
-        """-> a plan's kernel, tile and time, and the default's time, in microseconds."""
+        """-> what is best, its time and the default's, in microseconds."""
+        if isinstance(job.about, AttentionSpec):
+            return find_tiles(job.about, job.tokens, device, stop)
         with jax.default_device(device):
             if self.made.get(device, ("", []))[0] != job.file:
                 self.made.pop(device, None)
@@ -132,15 +144,20 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, help="devices that share each tensor")
     parser.add_argument("--shapes", default="", help="outputs x inputs, instead of a model's")
     parser.add_argument("--format", default="fp8_block", choices=FORMATS)
-    parser.add_argument("--tokens", default=",".join(map(str, tuned.BATCH_SIZES)))
+    parser.add_argument("--attention", action="store_true", help="the model's decode attention, too")
+    parser.add_argument(
+        "--tokens", default=",".join(map(str, tuned.BATCH_SIZES)),
+        help="batch sizes; a file appears when it has all that are the default",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=tuned.FOLDER)
     parser.add_argument("--trials", type=Path, help="a file to which every plan's time is added")
     options = parser.parse_args()
     if bool(options.model) == bool(options.shapes):
         parser.error("give either --model or --shapes")
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",") if shape]
-    if options.model:
-        shapes = shapes_of(read_config(options.model), options.tp)
+    config = read_config(options.model) if options.model else None
+    if config:
+        shapes = shapes_of(config, options.tp)
     devices = jax.local_devices()
     if devices[0].platform != "gpu":
         parser.error(f"--format {options.format}: its kernels are for GPUs, and this is a {devices[0].platform}")
@@ -150,6 +167,9 @@ def main() -> None:
         weight = jax.eval_shape(partial(random_weight, options.format, N, K))
         name = tuned.file_name("product", {"N": N, "K": K}, dtype_name(weight), devices[0].device_kind)
         jobs += [Job(name, M, (options.format, N, K)) for M in tokens]
+    if options.attention and config:
+        spec = attention_of(config, options.tp)
+        jobs += [Job(decode_file(spec, DTYPE, devices[0].device_kind), rows, spec) for rows in tokens]
     print(f"{len(jobs)} batches, {len(devices)} devices; results in {options.out}", flush=True)
     worker = Search(max((os.cpu_count() or 1) - len(devices), 1), options.trials)
     outcome = search(jobs, devices, worker.find, options.out)

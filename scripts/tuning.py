@@ -44,15 +44,16 @@ def search(
     find: Callable[[Job, Any, threading.Event], Found],
     folder: Path,
     *,
+    wanted: Sequence[int] = tuned.BATCH_SIZES,
     quiet: bool = False,
 ) -> Outcome:
     """Give every job to the next worker that is free, a thread for each of `workers`, and write what they find.
 
     find(job, worker, stop) -> the entry; it may raise, and should return soon once `stop` is set. Jobs whose entry is
-    in a file or its part are not done again. Ctrl-C stops the workers and leaves the parts to a later run.
+    in a file or its part are not done again. A file is complete when it has all batch sizes of `wanted`: of fewer, one
+    far away would be taken for the nearest. Ctrl-C stops the workers and leaves the parts to a later run.
     """
     tables = {job.file: _begun(folder / job.file) for job in jobs}
-    wanted = {name: {job.tokens for job in jobs if job.file == name} for name in tables}
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     left = [job for job in jobs if job.tokens not in tables[job.file]]
     for job in left:
@@ -72,7 +73,7 @@ def search(
                 results.put((job, error))
 
     threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
-    complete = [name for name, table in tables.items() if _finish(folder / name, table, wanted[name])]
+    complete = [name for name, table in tables.items() if _finish(folder / name, table, wanted)]
     failures: dict[tuple[str, int], str] = {}
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="batch", disable=quiet, file=sys.stderr) as bar:
         for thread in threads:
@@ -88,7 +89,7 @@ def search(
                 table = tables[job.file]
                 table[job.tokens] = found
                 tuned.write(_part(folder / job.file), table)
-                if _finish(folder / job.file, table, wanted[job.file]):
+                if _finish(folder / job.file, table, wanted):
                     complete.append(job.file)
         except KeyboardInterrupt:
             stop.set()
@@ -122,9 +123,9 @@ def _begun(path: Path) -> dict[int, Found]:
     return table
 
 
-def _finish(path: Path, table: dict[int, Found], wanted: set[int]) -> bool:
+def _finish(path: Path, table: dict[int, Found], wanted: Sequence[int]) -> bool:
     """-> whether all is found; then the file is written, and its part removed."""
-    if not wanted <= table.keys():
+    if not set(wanted) <= table.keys():
         return False
     tuned.write(path, table)
     _part(path).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from engine.models.config import ModelConfig
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
 from engine.models.placement import Path, Placed
 from engine.models.relay import random_params
+from kernels.product import how_multiplied
 from kernels.quantized import SPLIT, SUPER, Joined, Layout, QuantizedTensor, quantize
 
 # The parameters that are weights of products, and which of their axes those sum over. The router is not among them: its
@@ -151,10 +152,14 @@ def narrowed(weight: jax.Array, inputs: tuple[int, ...], layout: Layout) -> Quan
 
 
 def describe(params: Params) -> str:
-    """-> what the weights of a tree of parameters are stored as, and how large each kind is, in words."""
+    """-> what the weights of a tree of parameters are stored as, how they are multiplied here, and their sizes."""
     kinds: dict[str, int] = {}
+    platform = jax.default_backend()
     for leaf in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QuantizedTensor)):
-        kind = layout_name(leaf.layout) if isinstance(leaf, QuantizedTensor) else str(jnp.dtype(leaf.dtype))
+        if isinstance(leaf, QuantizedTensor):
+            kind = f"{layout_name(leaf.layout)}, {how_multiplied(leaf, platform)}:"
+        else:
+            kind = str(jnp.dtype(leaf.dtype))
         kinds[kind] = kinds.get(kind, 0) + sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf))
     largest = sorted(kinds.items(), key=lambda item: -item[1])
     return ", ".join(f"{kind} {count / 2**20:.0f} MiB" for kind, count in largest)

@@ -18,6 +18,7 @@ from kernels.cuda.prefill import prefill
 from kernels.cuda.prepare import prepare
 from kernels.cuda.tile import Tiles, padded
 from kernels.storage import KV_DTYPES, stored
+from kernels.tuned import file_name, found_for
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, HeadInputs, RaggedBatch
@@ -52,6 +53,23 @@ def decode_tiles(spec: AttentionSpec, dtype: jnp.dtype) -> Tiles:
     rows = max(padded(spec.group), 16)
     wide = padded(spec.head_dim) * dtype.itemsize
     return Tiles(rows, 32, 4, 3 if wide <= 256 else 2)
+
+
+def tuned_decode_tiles(spec: AttentionSpec, dtype: jnp.dtype, kv_dtype: jnp.dtype, rows: int, device: str) -> Tiles:
+    """-> what scripts/tune_kernels.py found to be best for a device and so many rows, or else `decode_tiles`."""
+    tiles, name = decode_tiles(spec, dtype), decode_file(spec, kv_dtype, device)
+    entry = found_for(name, rows)
+    if entry is None:
+        return tiles
+    if not {"context", "warps", "stages"} <= entry.keys():
+        raise ValueError(f"kernels/tuned/{name}: {entry} lacks context, warps or stages; remove the file or tune again")
+    return Tiles(tiles.queries, entry["context"], entry["warps"], entry["stages"])
+
+
+def decode_file(spec: AttentionSpec, kv_dtype: jnp.dtype, device: str) -> str:
+    """-> the name of the file of the decode kernel's tiles."""
+    shape = {"kv_heads": spec.num_kv_heads, "group": spec.group, "head_dim": spec.head_dim}
+    return file_name("decode", shape, str(jnp.dtype(kv_dtype)), device)
 
 
 def prefill_tiles(spec: AttentionSpec, dtype: jnp.dtype) -> Tiles:
@@ -111,7 +129,9 @@ def attend(
         else:
             out = prefill(q, flat, batch, spec, tiles=tiles[1] or prefill_tiles(spec, q.dtype), **options)
     splits = num_splits(rows, spec.num_kv_heads, batch.page_table.shape[1] * page_size, processors)
-    return decode(q, out, flat, batch, spec, tiles=tiles[0] or decode_tiles(spec, q.dtype), splits=splits, **options)
+    device = jax.local_devices()[0].device_kind
+    decoding = tiles[0] or tuned_decode_tiles(spec, q.dtype, cache.dtype, min(rows, tokens), device)
+    return decode(q, out, flat, batch, spec, tiles=decoding, splits=splits, **options)
 
 
 def write(k: Array, v: Array, cache: Array, batch: RaggedBatch, kv_scales: Array | None = None) -> Array:

@@ -59,7 +59,9 @@ def default_plan(kind: str, M: int, N: int, K: int, group: int) -> Plan:
             return Plan("hopper", Tile(rows, columns, 128, stages=stages))
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
     if M > THIN:
-        return Plan("triton", Tile(rows, 128, 128, warps=8, stages=3))
+        return Plan(
+            "triton", Tile(rows, 64, 128, warps=8, stages=2) if kind == PACKED else Tile(rows, 128, 128, 1, 8, 3)
+        )
     return Plan("triton", Tile(rows, 64, 128, splits, stages=5 if rows == 16 else 4))
 
 

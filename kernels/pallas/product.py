@@ -45,7 +45,7 @@ class Kind(NamedTuple):
 
 def supports(weight: QuantizedTensor) -> str | None:
     """-> None, or why the kernel cannot multiply a weight [N, K]."""
-    layout, inputs, groups = weight.layout, weight.inputs, weight.scales.shape[1]
+    layout, inputs, groups = weight.layout, weight.inputs, weight.scales.shape[-1]
     if layout.format not in ("int8", "fp8", "int4"):
         return f"no {layout.format}"
     if weight.minima is not None or weight.zeros is not None:
@@ -57,6 +57,12 @@ def supports(weight: QuantizedTensor) -> str | None:
     if layout.rows not in (1, LANES) and groups > 1:
         return f"no blocks of {layout.rows} outputs: 1 or {LANES} only"
     return None
+
+
+def stays_narrow(weight: QuantizedTensor, chip: Chip | None = None) -> bool:
+    """-> whether the MXU multiplies a weight's own type with activations as narrow."""
+    generation = (chip or this_chip()).generation
+    return weight.layout.activations != "none" and weight.values.dtype in NARROW.get(generation, ())
 
 
 def choose_blocks(rows: int, columns: int, inputs: int, packing: int, chip: Chip) -> Blocks:
@@ -94,7 +100,7 @@ def matrix_product(
     """
     chip = chip or this_chip()
     layout, (M, K), N = weight.layout, x.shape, weight.values.shape[0]
-    narrow = layout.activations != "none" and weight.values.dtype in NARROW.get(chip.generation, ())
+    narrow = stays_narrow(weight, chip)
     groups = weight.scales.shape[1]
     kind = Kind(layout.packing == 2, groups > 1, layout.rows, narrow, 8 if layout.format == "int4" else 0)
     blocks = blocks or choose_blocks(M, N, K, layout.packing, chip)

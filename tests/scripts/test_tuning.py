@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from attention_cases import tiles_to_try
 from product_cases import FORMATS, random_weight
 from product_plans import FIELDS, fits, neighbours, starts
 from tune_kernels import shapes_of
@@ -18,6 +19,8 @@ from tuning import Job, search
 
 from engine.weights.load import read_config
 from kernels import tuned
+from kernels.attention import AttentionSpec
+from kernels.cuda import attention
 from kernels.cuda.matrix import Tile
 from kernels.cuda.product import Plan, default_plan, kind_of
 
@@ -84,6 +87,14 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path):
     assert tuple(tuned.read(tmp_path / FILES[1])) == tuned.BATCH_SIZES
 
 
+def test_a_few_batch_sizes_are_kept_but_make_no_file(tmp_path):
+    outcome = search([job for job in JOBS if job.tokens < 64], [0], quick, tmp_path, quiet=True)
+    assert not outcome.complete
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.part" for name in FILES]
+    outcome = search(JOBS, [0], quick, tmp_path, quiet=True)
+    assert sorted(outcome.complete) == list(FILES)
+
+
 def test_a_failed_batch_is_named_and_leaves_its_file_unfinished(tmp_path):
     def find(job: Job, worker: Any, stop: threading.Event) -> dict[str, Any]:
         if job == JOBS[3]:
@@ -120,7 +131,7 @@ def test_file_names_hold_no_separators():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("tokens", [1, 16, 48, 4096])
+@pytest.mark.parametrize("tokens", [1, 48, 128, 4096])
 def test_searches_try_nothing_that_cannot_fit(name, tokens):
     weight = jax.eval_shape(lambda: random_weight(name, 1024, 1536))
     default = default_plan(kind_of(weight) or "", tokens, 1024, 1536, 128)
@@ -141,6 +152,21 @@ def test_a_models_shapes_are_those_of_one_device_of_many():
     assert bytes_of(half) * 2 == bytes_of(whole)
     with pytest.raises(ValueError, match="--tp"):
         shapes_of(config, 64)
+
+
+def test_decode_attention_takes_the_tiles_of_the_nearest_number_of_rows(tmp_path, monkeypatch):
+    spec, dtype = AttentionSpec(8, 4, 128, 128**-0.5), jnp.dtype(jnp.bfloat16)
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    name = attention.decode_file(spec, dtype, "some GPU")
+    chosen = lambda rows, device: attention.tuned_decode_tiles(spec, dtype, dtype, rows, device)
+    assert chosen(8, "another") == attention.decode_tiles(spec, dtype)
+    tuned.write(tmp_path / name, {1: {"context": 16, "warps": 2, "stages": 4}, 64: {"context": 64}})
+    assert chosen(8, "some GPU")[1:] == (16, 2, 4)
+    with pytest.raises(ValueError, match="lacks context, warps or stages"):
+        chosen(63, "some GPU")
+    tried = tiles_to_try(spec)
+    assert tried[0] == attention.decode_tiles(spec, dtype)
+    assert 10 < len(tried) < 37
 
 
 def test_random_weights_of_scripts_are_of_their_format():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,8 +13,19 @@ import pytest
 from kernels.cuda import hopper_narrow
 from kernels.cuda.activations import narrow
 from kernels.cuda.matrix import Tile
-from kernels.cuda.product import BLOCK, KERNELS, Plan, default_plan, kind_of, multiply, plan_of, tuned_plan
-from kernels.product import reference
+from kernels.cuda.product import (
+    BLOCK,
+    CHANNEL,
+    KERNELS,
+    PACKED,
+    Plan,
+    default_plan,
+    kind_of,
+    multiply,
+    plan_of,
+    tuned_plan,
+)
+from kernels.product import how_multiplied, reference
 from kernels.quantized import quantize_activations
 from tests.kernels.cuda.test_lowering import H200
 from tests.kernels.weights import FORMATS, random_weight
@@ -65,7 +77,20 @@ def test_narrow_activations_are_the_references():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_a_kernel(name):
-    assert kind_of(random_weight(name, 256, K)) is not None
+    weight = random_weight(name, 256, K)
+    assert kind_of(weight) is not None
+    narrow = weight.layout.activations != "none"
+    wanted = f"multiplied as {weight.values.dtype}" if narrow else "unpacked in registers"
+    assert how_multiplied(weight, "gpu") == wanted
+
+
+def test_what_has_no_kernel_is_left_to_xla():
+    weight = random_weight("int4, short runs", 256, K)
+    short = weight.replace(layout=replace(weight.layout, split=8))
+    assert kind_of(short) is None
+    assert how_multiplied(short, "gpu") == "unpacked by XLA"
+    got = multiply(tokens(3), short, float32, Plan("triton"))
+    np.testing.assert_allclose(got, reference(tokens(3), short, float32), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.skipif(H200 is None, reason="this JAX cannot lower for a GPU that is not there")
@@ -91,17 +116,14 @@ def test_hoppers_own_product_lowers(rows):
         assert "mosaic_gpu" in run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", [CHANNEL, BLOCK, PACKED])
 @pytest.mark.parametrize("count", [1, 8, 17, 64, 100, 2000])
-def test_default_plans_cut_products_into_whole_turns(name, count):
-    for inputs in (512, 1536, 14336 // 8):
-        if inputs % 256 and name not in ("int8", "fp8, narrow activations", "int8, narrow activations"):
-            continue
-        weight = jax.eval_shape(lambda: random_weight(name, 256, 256))
-        plan = default_plan(kind_of(weight) or "", count, 4096, inputs, 128)
+def test_default_plans_cut_products_into_whole_turns(kind, count):
+    for inputs in (512, 1536, 14336 // 8, 14336):
+        plan = default_plan(kind, count, 4096, inputs, 128)
         assert plan.kernel in KERNELS
-        assert inputs % (plan.tile.depth * plan.tile.splits) == 0
-        assert plan.kernel != "inside" or kind_of(weight) == BLOCK
+        turn = 256 if kind == PACKED else plan.tile.depth  # two numbers in each byte of a run of 128
+        assert plan.kernel == "library" or inputs % (turn * plan.tile.splits) == 0
 
 
 def test_a_tuned_plan_is_that_of_the_nearest_batch(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ PACKAGES = ("engine", "kernels", "sharding")
 # The parts of `engine` from the top down: a part may import from its own line and from any line below it.
 # `kernels` and `sharding` are at the bottom and see neither the engine nor each other.
 LAYERS = """
-    __init__ batch bench convert generate serve server
+    __init__ batch bench convert generate ray_data ray_serve serve server
     llm
     replicas startup
     core

@@ -17,7 +17,10 @@ import pytest
 from tests.engine.server.conftest import serving
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-COVERED = {"offline_inference.py", "prefix_caching.py", "batch.py", "streaming_client.py", "quire_colab.ipynb"}
+COVERED = {
+    "offline_inference.py", "prefix_caching.py", "speculative_decoding.py", "batch.py", "streaming_client.py",
+    "quire_colab.ipynb",
+}  # fmt: skip
 
 
 def load(path: pathlib.Path) -> ModuleType:
@@ -43,6 +46,12 @@ def test_prompts_are_answered_all_at_once(capsys):
 @pytest.mark.usefixtures("smollm2_gguf")
 def test_a_prefix_that_is_cached_is_not_computed_again():
     assert load(EXAMPLES / "prefix_caching.py").main() <= 0.2
+
+
+@pytest.mark.usefixtures("smollm2_gguf")
+def test_speculation_changes_nothing_but_the_time(capsys):
+    load(EXAMPLES / "speculative_decoding.py").main()
+    assert "times as fast" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("smollm2_gguf")

@@ -60,6 +60,7 @@ class Stats:
         self.prefix_cache_queries, self.prefix_cache_hits, self.num_preemptions = 10, 4, 1
         self.prompt_tokens, self.generation_tokens = core.prompt_tokens, core.generation_tokens
         self.last_iteration_tokens = self.num_running
+        self.speculation = None  # it does not speculate
 
 
 class FakeCore:

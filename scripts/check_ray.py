@@ -20,8 +20,8 @@ from engine.ray_data import answer
 
 MODEL = Path(__file__).parents[1] / "tests/data/tiny/llama3"
 SETTINGS = dict(
-    model=str(MODEL), skip_tokenizer_init=True, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=128,
-    block_size=16, num_gpu_blocks_override=160,
+    model=str(MODEL), skip_tokenizer_init=True, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=128,
+    block_size=16, num_gpu_blocks_override=40,
 )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import random
 import pathlib
+import random
 
 import jax
 import jax.numpy as jnp

@@ -48,8 +48,8 @@ class EngineConfig:
     quantization: str | None = _setting(
         None,
         "How weights are kept: as the checkpoint has them (gguf, fp8, mxfp4, awq, gptq, compressed-tensors), expanded "
-        "(dequantize), or quantized while they are loaded (int8, int8_w8a8, int8_block, fp8, fp8_block, int4); default: "
-        "as the checkpoint has them, on a CPU expanded.",
+        "(dequantize), or quantized while they are loaded (int8, int8_w8a8, int8_block, fp8, fp8_block, int4). "
+        "Default: as the checkpoint has them, on a CPU expanded.",
         choices=QUANTIZATIONS,
     )
     max_model_len: int | None = _setting(None, "Longest sequence, in tokens; default: the model's.", low=1, kind=int)

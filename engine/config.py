@@ -15,7 +15,8 @@ from engine.speculative_config import METHODS, read_speculative_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = (
-    "gguf", "fp8", "mxfp4", "awq", "gptq", "compressed-tensors", "dequantize", "int8", "int8_w8a8", "fp8_block", "int4"
+    "gguf", "fp8", "mxfp4", "awq", "gptq", "compressed-tensors", "dequantize", "int8", "int8_w8a8",
+    "int8_block", "fp8_block", "int4",
 )  # fmt: skip
 NARROW_KV_DTYPES = {
     "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8"
@@ -50,8 +51,8 @@ class EngineConfig:
     quantization: str | None = _setting(
         None,
         "How weights are kept: as the checkpoint has them (gguf, fp8, mxfp4, awq, gptq, compressed-tensors), expanded "
-        "(dequantize), or quantized while they are loaded (int8, int8_w8a8, fp8, fp8_block, int4); default: as the "
-        "checkpoint has them, on a CPU expanded.",
+        "(dequantize), or quantized while they are loaded (int8, int8_w8a8, int8_block, fp8, fp8_block, int4). "
+        "Default: as the checkpoint has them, on a CPU expanded.",
         choices=QUANTIZATIONS,
     )
     max_model_len: int | None = _setting(None, "Longest sequence, in tokens; default: the model's.", low=1, kind=int)

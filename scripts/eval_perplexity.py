@@ -38,6 +38,7 @@ KINDS = {  # setting `quantization`, setting `kv_cache_dtype`
     "gguf": ("gguf", "float32"),
     "int8": ("int8", "float32"),
     "int8_w8a8": ("int8_w8a8", "float32"),
+    "int8_block": ("int8_block", "float32"),
     "fp8": ("fp8", "float32"),
     "fp8_block": ("fp8_block", "float32"),
     "int4": ("int4", "float32"),

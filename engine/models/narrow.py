@@ -31,6 +31,7 @@ VOCABULARY = ("embed", "lm_head")
 ONLINE = {
     "int8": Layout("int8"),
     "int8_w8a8": Layout("int8", activations="token"),
+    "int8_block": Layout("int8", group=128, activations="token_group"),
     "fp8": Layout("fp8", activations="token"),
     "fp8_block": Layout("fp8", group=128, rows=128, activations="token_group"),
     "int4": Layout("int4", group=128, split=SPLIT),

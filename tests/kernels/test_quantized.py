@@ -14,6 +14,7 @@ LAYOUTS = {
     "int8": Layout("int8"),
     "int8, groups": Layout("int8", group=32),
     "int8, narrow activations": Layout("int8", activations="token"),
+    "int8, narrow groups": Layout("int8", group=128, activations="token_group"),
     "fp8": Layout("fp8"),
     "fp8, narrow activations": Layout("fp8", activations="token"),
     "fp8, blocks": Layout("fp8", group=128, rows=64, activations="token_group"),

@@ -14,7 +14,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = (
     "gguf", "fp8", "mxfp4", "awq", "gptq", "compressed-tensors", "dequantize", "int8", "int8_w8a8", "fp8_block", "int4"
 )  # fmt: skip
-NARROW_KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+NARROW_KV_DTYPES = {
+    "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8"
+}  # fmt: skip
 
 
 def _setting(
@@ -37,7 +39,10 @@ class EngineConfig:
     load_format: str = _setting("auto", "'dummy' draws random weights of the model's shape.", choices=("auto", "dummy"))
     dtype: str = _setting("auto", "Of weights and activations; auto: float32 on CPU, else bfloat16.", choices=DTYPES)
     kv_cache_dtype: str = _setting(
-        "auto", "Of the KV cache; auto: as dtype, fp8: fp8_e4m3.", choices=(*DTYPES, *NARROW_KV_DTYPES)
+        "auto",
+        "Of the KV cache; auto: as dtype, fp8: fp8_e4m3. In 8 bits with the checkpoint's scales; int8 measures missing "
+        "ones.",
+        choices=(*DTYPES, *NARROW_KV_DTYPES),
     )
     quantization: str | None = _setting(
         None,

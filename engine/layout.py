@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from engine.kv_scales import abstract_scales
 from engine.models.config import ModelConfig
 from engine.models.narrow import Plan, abstract_narrow
 from engine.models.params import Params
@@ -34,11 +35,18 @@ OTHER_MICRO_TOKENS = 128
 class StepLayout:
     """A model on a mesh (stage, model). `specs`: what each place of a stage asks of the attention backend."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, expert_parallel: bool = False, plan: Plan = EMPTY):
-        """`plan`: which parameters are stored in few bits, on a mesh of one device. Errors: ValueError for a mesh that
-        cannot hold the model."""
-        assert mesh.size == 1 or not plan
-        self.plan = plan
+    def __init__(
+        self,
+        model: ModelConfig,
+        mesh: Mesh,
+        expert_parallel: bool = False,
+        plan: Plan = EMPTY,
+        scaled: bool = False,
+    ):
+        """`plan`: which parameters are stored in few bits, and `scaled`: whether layers have scales of keys and values;
+        both on a mesh of one device. Errors: ValueError for a mesh that cannot hold the model."""
+        assert mesh.size == 1 or not (plan or scaled)
+        self.plan, self.scaled = plan, scaled
         self.model, self.mesh, self.axes = model, mesh, axes_of(mesh)
         self.placed = on_mesh(model, mesh, expert_parallel)
         places = stage_layers(model.layers, self.axes.stage.size)
@@ -53,7 +61,8 @@ class StepLayout:
 
     def params(self, dtype: str) -> Params:
         """-> shapes, dtypes and shardings of the parameters."""
-        return abstract_narrow(self.model, dtype, self.plan) if self.plan else abstract(self.placed, dtype)
+        params = abstract_narrow(self.model, dtype, self.plan) if self.plan else abstract(self.placed, dtype)
+        return abstract_scales(self.model, params) if self.scaled else params
 
     def state(
         self, backend: Backend, num_pages: int, page_size: int, kv_dtype: str, slots: int, max_model_len: int

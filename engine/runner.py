@@ -68,16 +68,18 @@ class Runner:
         cache_folder: Path | None = None,
         peers: Peers | None = None,
         stored: Plan = EMPTY,
+        scaled: bool = False,
     ):
         """Compile every step for a mesh (stage, model) while `load`, in a thread, fetches the parameters, whose
         places it is given (a tree of `placement.Placed`). Errors: ValueError, `load`'s too.
 
         `cache_folder`: where compiled steps are kept between processes, if at all. `peers`: the other processes whose
-        devices are part of the mesh. `stored`: which parameters are so in few bits.
+        devices are part of the mesh. `stored`: which parameters are so in few bits; `scaled`: they have scales of
+        keys and values.
         """
         self.model, self.num_traces, self._lowering = model, 0, Lock()
         self.peers = peers
-        self.layout = StepLayout(model, mesh, config.enable_expert_parallel, stored)
+        self.layout = StepLayout(model, mesh, config.enable_expert_parallel, stored, scaled)
         self._device = device = mesh.local_devices[0]
         in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
         params, self._dtype = self.layout.params(resolved.dtype), resolved.dtype
@@ -117,7 +119,7 @@ class Runner:
             temporaries = 0
             if device.platform != "cpu":  # where nothing depends on them
                 few = tuple(dict.fromkeys(model.layers)) * max(2, mesh.shape["stage"])
-                small = StepLayout(replace(model, layers=few), mesh, config.enable_expert_parallel, stored)
+                small = StepLayout(replace(model, layers=few), mesh, config.enable_expert_parallel, stored, scaled)
                 measure = lambda: _temporaries(self._compile(largest, state_spec(pages_per_row + 1, small), small))
                 temporaries = self._cache.get_number("temporaries", measure)
             while True:

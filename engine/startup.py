@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.hosts.follower import Follower
 from engine.hosts.join import Peers, follow, identity, joined
+from engine.kv_scales import wanted, with_scales
 from engine.memory import limit_gpu_pool, ram_bytes
 from engine.models.config import ModelConfig
 from engine.models.narrow import abstract_narrow, describe, random_narrow
@@ -26,7 +27,7 @@ from engine.replicas import Engine, Replicas
 from engine.runner import Runner
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
-from engine.weights.load import load_params, open_checkpoint, quantization_of, read_config
+from engine.weights.load import Checkpoint, load_params, open_checkpoint, quantization_of, read_config
 from engine.weights.quantization import EXPAND, Quantization, choose_quantization
 from sharding.mesh import replica_meshes
 from sharding.topology import choose, read_topology
@@ -89,18 +90,28 @@ def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], No
         raise ValueError(f"quantization: {config.quantization!r} is for one device so far, and this mesh is {sizes}")
     quantization = store(config.quantization if alone else EXPAND)
 
+    kv_scales = checkpoint.kv_scales if isinstance(checkpoint, Checkpoint) and not dummy else {}
+    scaled = wanted(model, resolved.kv_cache_dtype, kv_scales)
+    if scaled and not alone:
+        raise ValueError(
+            f"kv_cache_dtype: {resolved.kv_cache_dtype} with scales is for one device so far, and this mesh is {sizes}"
+        )
+
     def load(placed: Params) -> Params:
         began = time.perf_counter()
         if checkpoint is None or dummy:
             params = random_narrow(model, resolved.dtype, config.seed, placed, quantization.plan)
         else:
             params = load_params(checkpoint, resolved.dtype, placed, quantization)
+        if scaled:
+            params = with_scales(model, resolved.dtype, params, kv_scales, config.seed)
+            report(f"KV cache: scales of each head {'from the checkpoint' if kv_scales else 'measured'}")
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         report(f"weights: quantization {quantization.name}: {describe(params)}")
         return params
 
     def engine(mesh: Mesh) -> EngineCore:
-        runner = Runner(config, resolved, model, mesh, load, report, cache, peers, quantization.plan)
+        runner = Runner(config, resolved, model, mesh, load, report, cache, peers, quantization.plan, scaled)
         return EngineCore(config, resolved, model, tokenizer, runner)
 
     cores = [engine(mesh) for mesh in replica_meshes(jax.devices(), *sizes)]

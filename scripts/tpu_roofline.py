@@ -56,7 +56,6 @@ def draw(panels: list[tuple[str, tuple[int, ...], dict[str, list[float]]]]) -> N
             axis.plot(lengths, [100 * v for v in values], marker=".", label=name)
         axis.set(title=title, xlabel="tokens", ylabel="%", ylim=(0, 104))
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.savefig(PICTURE, dpi=80)

@@ -26,6 +26,7 @@ LAYERS = """
     pooling profiler runner
     hosts
     layout
+    kv_scales
     executables memory speculate step step_input weights
     scheduler
     slots

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from engine.bench.datasets import Sample, define_dataset_flags, load_samples
 from engine.bench.shapes import SHAPES, write_shape
-from engine.config import SETTINGS, define_flags
+from engine.config import SETTINGS, config_from_flags, define_flags
 from engine.request import SamplingParams
 
 if TYPE_CHECKING:  # importing it brings JAX
@@ -34,14 +34,15 @@ def define_engine(values: flags.FlagValues) -> None:
 
 def engine_settings(values: flags.FlagValues, folder: Path) -> dict[str, Any]:
     """-> arguments for LLM; `folder` is for a shape's files and must outlive it. Errors: ValueError."""
-    given = {s.name: values[s.name].value for s in SETTINGS if values[s.name].present}
-    if values.shape is None:
-        if not given.get("model"):
-            raise ValueError("model: name a model with --model, or a --shape")
-        return given
-    if given.get("model"):
-        raise ValueError("shape: stands for a model with random weights; leave --model or it out")
-    return given | write_shape(values.shape, folder)
+    if values.shape is not None:
+        if values.model:
+            raise ValueError("shape: stands for a model with random weights; leave --model or it out")
+        for name, value in write_shape(values.shape, folder).items():
+            values[name].value = value
+    elif not values.model:
+        raise ValueError("model: name a model with --model, or a --shape")
+    config = config_from_flags(values)
+    return {s.name: getattr(config, s.name) for s in SETTINGS}
 
 
 def define_throughput(values: flags.FlagValues) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from engine.models.placement import Placed, map_placed, whole
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
 from engine.weights.gguf import open_gguf
+from engine.weights.kv_scales import KVScales, split_scales
 from engine.weights.methods import with_method
 from engine.weights.mxfp4 import MicroscaledTensor
 from engine.weights.names import GGUF, HF
@@ -60,6 +61,7 @@ class Checkpoint:
     style: int  # HF or GGUF: whose tensor names
     tensors: Mapping[str, StoredTensor]
     method: str | None = None  # that its weights are quantized by, one of quantization.METHODS
+    kv_scales: KVScales = field(default_factory=dict)  # for a KV cache in 8 bits
 
     def load(self, name: str) -> np.ndarray:
         """-> a whole tensor."""
@@ -82,11 +84,11 @@ def open_checkpoint(path: FilePath) -> Checkpoint | OrbaxCheckpoint:
         return Checkpoint(str(path), config, family, GGUF, tensors, method)
     family, config, values = _read_config(path)
     files = open_safetensors(path)
-    stored = {name: files.stored(name) for name in files.tensors}
+    stored, kv_scales = split_scales(str(path), {name: files.stored(name) for name in files.tensors})
     tensors, method = with_method(str(path), values.get("quantization_config"), stored)
     if any(isinstance(tensor, MicroscaledTensor) for tensor in tensors.values()):
         family = replace(family, packed_experts=True)
-    return Checkpoint(str(path), config, family, HF, tensors, method)
+    return Checkpoint(str(path), config, family, HF, tensors, method, kv_scales)
 
 
 def read_config(folder: FilePath) -> ModelConfig:

@@ -68,7 +68,8 @@ class FakeOpenAI(asyncio.Protocol):
         prompt = body["messages"][0]["content"] if chat else body["prompt"]
         ids = [int(word) for word in prompt.split()] if isinstance(prompt, str) else prompt
         waits = delays(ids, body["max_completion_tokens"] if chat else body["max_tokens"])
-        self.transport.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        kind = b"content-type: text/event-stream\r\ntransfer-encoding: chunked"
+        self.transport.write(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % kind)
         loop = asyncio.get_running_loop()
         began = loop.time()
         for i, due in enumerate(itertools.accumulate(waits)):
@@ -76,7 +77,8 @@ class FakeOpenAI(asyncio.Protocol):
             if self.trouble == "cut" and i == 2:
                 self.transport.abort()
                 return
-            self._event({"choices": [{"index": 0, "delta": {"content": " a"}} if chat else {"index": 0, "text": " a"}]})
+            choice = {"index": 0, "delta": {"content": " a"}} if chat else {"index": 0, "text": " a"}
+            self._event({"object": "chat.completion.chunk" if chat else "text_completion", "choices": [choice]})
         if self.trouble == "error":
             self._event({"error": {"message": "the engine has failed"}})
         usage = {"prompt_tokens": len(ids), "completion_tokens": len(waits)}

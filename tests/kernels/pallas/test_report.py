@@ -40,3 +40,12 @@ def test_compiled_kernel_is_no_worse_than_the_committed_table(fresh, name: str):
     if "per_token" in row:
         assert row["per_token"] <= SLACK * committed["per_token"]
         assert row["moved_over_must"] <= min(1.05, SLACK * committed["moved_over_must"])
+
+
+def test_the_committed_grid_has_cases_that_compiled_and_are_within_their_generations_vmem():
+    grid = json.loads((ROOT / "docs" / "tpu_grid.json").read_text())
+    vmem = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "v7x": 64}
+    for name, row in grid.items():
+        assert row["vmem_kib"] < vmem[name.split()[0]] << 10, name
+        if name.endswith("decode"):
+            assert row["temporaries"] < 64 << 10, name

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from absl import flags
 
 from engine.pages import PAGE_SIZES, default_page_size
+from engine.speculative_config import METHODS, read_speculative_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = (
@@ -92,7 +95,9 @@ class EngineConfig:
     )
     secret_file: str | None = _setting(None, "A file with the secret by which the processes know each other.")
     attention_backend: str = _setting("auto", "A name of kernels.attention.BACKENDS.")
-    speculative_config: dict[str, Any] | None = None
+    speculative_config: Mapping[str, Any] | None = _setting(
+        None, "JSON: method (" + ", ".join(METHODS) + "), num_speculative_tokens, and the method's own.", kind=dict
+    )
     chat_template: str | None = _setting(
         None, "For every chat: a Jinja file, Jinja, or the name of one of the model's."
     )
@@ -138,9 +143,8 @@ class EngineConfig:
                     f"data_parallel_size: {self.data_parallel_size} replicas in {self.num_processes} processes are not "
                     "supported; run a server for each replica"
                 )
-        for name in ("speculative_config",):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name}: not supported yet, got {getattr(self, name)!r}; leave it out")
+        if self.speculative_config is not None:
+            read_speculative_config(self.speculative_config)
 
     def resolve(self, *, model_max_len: int, platform: str) -> ResolvedConfig:
         """-> the settings with every default filled in for a model and a platform ("cpu", "gpu", "tpu")."""
@@ -208,4 +212,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def config_from_flags(values: flags.FlagValues = flags.FLAGS) -> EngineConfig:
     """-> EngineConfig from parsed flags. Errors: ValueError."""
-    return make_config(**{s.name: values[s.name].value for s in SETTINGS})
+    return make_config(**{s.name: _from_flag(s, values[s.name].value) for s in SETTINGS})
+
+
+def _from_flag(setting: dataclasses.Field[Any], value: Any) -> Any:
+    return json_setting(setting.name, value) if setting.metadata["kind"] is dict else value
+
+
+def json_setting(name: str, text: str | None) -> Any:
+    """-> what a flag says in JSON. Errors: ValueError."""
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not valid JSON: {error}") from None

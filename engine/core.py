@@ -30,9 +30,11 @@ from engine.request import (
     SamplingParams,
     Update,
 )
-from engine.runner import Launched, Runner
+from engine.runner import Launched, Runner, first_tokens
 from engine.scheduler import Row, Scheduler
 from engine.slots import check_request
+from engine.speculation.policy import Policy
+from engine.speculation.speculator import SpeculationStats, Speculator
 from engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -51,6 +53,7 @@ class Stats:
     prompt_tokens: int
     generation_tokens: int
     last_iteration_tokens: int
+    speculation: SpeculationStats | None = None  # where the engine speculates
 
 
 class EngineCore:
@@ -76,6 +79,11 @@ class EngineCore:
             max_model_len=resolved.max_model_len,
             policy=config.scheduling_policy,
         )
+        self._speculator = None
+        if runner.drafter is not None:
+            spec = runner.drafter.config
+            policy = Policy(runner.shapes, runner.step_seconds, spec.num_speculative_tokens, spec.adaptive)
+            self._speculator = Speculator(spec, policy)
         self._pooler = Pooler(runner, self.scheduler.pool, resolved)
         self._random = random.Random(config.seed)
         self._groups: dict[str, Group] = {}
@@ -157,7 +165,7 @@ class EngineCore:
             return
         for request, completion in zip(group.requests, group.completions, strict=True):
             self.scheduler.finish(request, "abort")
-            self._detokenizers.pop(request, None)
+            self._forget(request)
             completion.finish_reason = completion.finish_reason or "abort"
         group.metrics.finished_time = time.time()
 
@@ -176,7 +184,12 @@ class EngineCore:
 
     def step(self) -> list[Update]:
         """Launch the next step, then read the one before. -> what that one added."""
+        updates = []
+        if self._in_flight and self._speculator and self._speculator.must_know(self.scheduler.running):
+            updates, self._in_flight = self._commit(self._in_flight), None
         plan = self.scheduler.plan()
+        if self._speculator is not None:
+            self._speculator.extend(plan, self.scheduler)
         launched = None
         if plan.rows:
             now = time.time()
@@ -185,61 +198,71 @@ class EngineCore:
             launched = self.runner.launch(plan)
             self._last_iteration_tokens = plan.num_tokens
         previous, self._in_flight = self._in_flight, launched
-        return self._commit(previous) if previous else []
+        return updates + self._commit(previous) if previous else updates
 
     def _commit(self, launched: Launched) -> list[Update]:
-        tokens = self.runner.collect(launched).tolist()
+        sampled = self.runner.collect(launched)
         plan = launched.plan
         if launched.output.prompt is not None and any(
             row.request.params.prompt_logprobs is not None for row in plan.rows
         ):
             self._take_prompt_logprobs(launched)
-        index_of = {id(row): i for i, row in enumerate(plan.rows)} if _wants_logprobs(plan.rows) else {}
-        candidates = _Candidates(launched.output.sampled) if index_of else None
+        index_of, candidates = dict[int, int](), None
+        if _wants_logprobs(plan.rows):
+            index_of = {id(row): first for row, first in zip(plan.rows, first_tokens(plan), strict=True)}
+            candidates = _Candidates(launched.output.sampled)
         now = time.time()
         updates = []
-        for row, token in self.scheduler.commit(plan, tokens):
-            logprobs = None
-            if candidates is not None and row.request.params.logprobs is not None and token >= 0:
-                logprobs = self._logprobs(candidates, index_of[id(row)], token, row.request.params.logprobs)
-            updates.append(self._update(row.request, token, logprobs, now))
+        for row, tokens in self.scheduler.commit(plan, sampled):
+            logprobs, count = None, row.request.params.logprobs
+            if candidates is not None and count is not None:
+                first = index_of[id(row)]
+                logprobs = [self._logprobs(candidates, first + i, token, count) for i, token in enumerate(tokens)]
+            updates.append(self._update(row.request, tokens, logprobs, now))
+        if self._speculator is not None and launched.output.runs is not None:
+            drafted = np.asarray(launched.output.runs.drafted).tolist()
+            for row, tokens, count in zip(plan.rows, sampled, drafted, strict=False):
+                self._speculator.observe(row, len(tokens) - 1, count)
         return updates
 
-    def _update(self, request: Request, token: int, logprobs: Logprobs | None, now: float) -> Update:
-        """Append one token to its completion. -> what changed."""
+    def _update(
+        self, request: Request, tokens: Sequence[int], logprobs: Sequence[Logprobs] | None, now: float
+    ) -> Update:
+        """Append tokens to their completion, up to a stop string. -> what changed."""
         group, params = request.group, request.params
         completion = group.completions[request.index]
         update = Update(group, request.index, finish_reason=request.finish_reason)
         if request.finish_reason == "error":
             group.error = "the model's logits were not finite"
         else:
-            self._generation_tokens += 1
             if group.metrics.first_token_time is None:
                 group.metrics.first_token_time = now
-            update.token_ids.append(token)
-            completion.token_ids.append(token)
-            if logprobs is not None:
-                update.logprobs = [logprobs]
-                completion.logprobs.append(logprobs)  # type: ignore[union-attr]
-                completion.cumulative_logprob += logprobs[token].logprob  # type: ignore[operator]
-            if request.finish_reason == "stop" and token not in request.eos_token_ids:
-                update.stop_reason = token
+            if request.finish_reason == "stop" and tokens[-1] not in request.eos_token_ids:
+                update.stop_reason = tokens[-1]
             detokenizer = self._detokenizers.get(request)
             if detokenizer is not None:
                 hidden = request.finish_reason == "stop" and not params.include_stop_str_in_output
-                stop = None
-                if not hidden:
-                    update.text, stop = detokenizer.append((token,))
+                before = detokenizer.num_kept
+                update.text, stop = detokenizer.append(tokens[:-1] if hidden else tokens)
                 if stop is not None:
+                    tokens = tokens[: detokenizer.num_kept - before]
                     self.scheduler.finish(request, "stop")
                     request.finish_reason = update.finish_reason = "stop"
                     update.stop_reason = stop
                 elif request.finish_reason is not None:
                     update.text += detokenizer.flush()
                 completion.text += update.text
+            self._generation_tokens += len(tokens)
+            update.token_ids += tokens
+            completion.token_ids += tokens
+            if logprobs is not None:
+                update.logprobs = list(logprobs[: len(tokens)])
+                completion.logprobs += update.logprobs  # type: ignore[operator]
+                for token, entry in zip(tokens, update.logprobs, strict=True):
+                    completion.cumulative_logprob += entry[token].logprob  # type: ignore[operator]
         if update.finish_reason is not None:
             completion.finish_reason, completion.stop_reason = update.finish_reason, update.stop_reason
-            self._detokenizers.pop(request, None)
+            self._forget(request)
             if group.finished():
                 group.metrics.finished_time = now
                 self._groups.pop(group.request_id, None)
@@ -278,6 +301,7 @@ class EngineCore:
         return Stats(
             len(s.running), s.num_waiting, s.pool.usage, s.prefix_cache_queries, s.prefix_cache_hits,
             s.num_preemptions, self._prompt_tokens, self._generation_tokens, self._last_iteration_tokens,
+            self._speculator and self._speculator.snapshot(),
         )  # fmt: skip
 
     def reset_prefix_cache(self) -> bool:
@@ -300,6 +324,12 @@ class EngineCore:
             self.runner.collect(self._in_flight)
             self._in_flight = None
         self.runner.close()
+
+    def _forget(self, request: Request) -> None:
+        """A request has ended."""
+        self._detokenizers.pop(request, None)
+        if self._speculator is not None:
+            self._speculator.forget(request)
 
     def _need_tokenizer(self, field: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import app, flags
 
+from engine.config import json_setting
 from engine.request import SamplingParams
 
 FLAGS = flags.FLAGS
@@ -22,6 +23,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("max_tokens", 512, "Longest answer, in tokens.", lower_bound=1, **at)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0, **at)
     flags.DEFINE_integer("seed", None, "Makes a sampled answer repeatable.", **at)
+    flags.DEFINE_string("speculative_config", None, "JSON; as of python -m engine.serve.", **at)
     flags.DEFINE_integer("max_model_len", 2048, "Longest conversation, in tokens.", lower_bound=1, **at)
 
 
@@ -36,8 +38,10 @@ def main(arguments: list[str]) -> None:
     model = FLAGS.model or str(default_model())
     messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
     messages.append({"role": "user", "content": question})
+    sizes: dict[str, Any] = dict(max_model_len=FLAGS.max_model_len, max_num_seqs=1, max_num_batched_tokens=256)
     try:
-        llm = LLM(model=model, max_model_len=FLAGS.max_model_len, max_num_seqs=1, max_num_batched_tokens=256)
+        drafts = json_setting("speculative_config", FLAGS.speculative_config)
+        llm = LLM(model=model, speculative_config=drafts, **sizes)
         params = SamplingParams(temperature=FLAGS.temperature, max_tokens=FLAGS.max_tokens, seed=FLAGS.seed)
         answer = llm.stream(llm.chat_prompt(messages), params)
     except ValueError as error:

@@ -20,6 +20,9 @@ from engine.models.pipeline import micro_batches
 from engine.models.placement import abstract, on_all, on_mesh, stage_layers
 from engine.models.transformer import attention_spec
 from engine.slots import empty_tables
+from engine.speculation.checkpoint import abstract_draft
+from engine.speculation.drafter import Drafter
+from engine.speculation.step import speculating_step
 from engine.step import DeviceState, StepOutput, step
 from engine.step_input import StepShape, flat_size
 from kernels.attention import Backend
@@ -42,11 +45,15 @@ class StepLayout:
         expert_parallel: bool = False,
         plan: Plan = EMPTY,
         scaled: bool = False,
+        drafter: Drafter | None = None,
     ):
         """`plan`: which parameters are stored in few bits, and `scaled`: whether layers have scales of keys and values;
-        both on a mesh of one device. Errors: ValueError for a mesh that cannot hold the model."""
-        assert mesh.size == 1 or not (plan or scaled)
-        self.plan, self.scaled = plan, scaled
+        both on a mesh of one device. `drafter`: who speculates, if any. Errors: ValueError for a mesh that cannot hold
+        the model."""
+        draft = drafter and drafter.model
+        assert mesh.size == 1 or not (plan or scaled or draft)
+        self.plan, self.scaled, self.drafter = plan, scaled, drafter
+        self.draft_specs = [attention_spec(draft, i) for i in range(len(draft.layers))] if draft else []
         self.model, self.mesh, self.axes = model, mesh, axes_of(mesh)
         self.placed = on_mesh(model, mesh, expert_parallel)
         places = stage_layers(model.layers, self.axes.stage.size)
@@ -62,17 +69,30 @@ class StepLayout:
     def params(self, dtype: str) -> Params:
         """-> shapes, dtypes and shardings of the parameters."""
         params = abstract_narrow(self.model, dtype, self.plan) if self.plan else abstract(self.placed, dtype)
-        return abstract_scales(self.model, params) if self.scaled else params
+        if self.scaled:
+            params = abstract_scales(self.model, params)
+        if self.drafter and self.drafter.model is not None:
+            params = params | {"draft": abstract_draft(self.drafter, dtype)}
+        return params
 
     def state(
-        self, backend: Backend, num_pages: int, page_size: int, kv_dtype: str, slots: int, max_model_len: int
+        self, backend: Backend, num_pages: int, page_size: int, dtypes: tuple[str, str], slots: int, max_model_len: int
     ) -> DeviceState:
-        """-> shapes, dtypes and shardings of the state. Each device has its own heads' pages; of the caches of all
-        together, pages are the first axis again."""
+        """-> shapes, dtypes and shardings of the state; `dtypes`: the model's and the KV cache's.
+
+        Each device has its own heads' pages; of the caches of all together, pages are the first axis again.
+        """
+        dtype, kv_dtype = dtypes
         caches = [backend.cache_spec(spec, num_pages * self.mesh.size, page_size, kv_dtype) for spec in self.specs]
         page_table = jax.ShapeDtypeStruct((slots, -(-max_model_len // page_size)), jnp.int32)
         tables = jax.eval_shape(partial(empty_tables, slots, max_model_len, self.model.vocab_size))
-        return DeviceState(_on(self.of_each, caches), *_on(self.of_all, (page_table, tables)))
+        lengths = jax.ShapeDtypeStruct((slots,), jnp.int32) if self.drafter else None
+        drafts = [backend.cache_spec(spec, num_pages, page_size, kv_dtype) for spec in self.draft_specs]
+        outputs = None
+        if self.drafter and self.drafter.has_head:
+            outputs = jax.ShapeDtypeStruct((slots, self.model.hidden_size), dtype)
+        rest = (page_table, tables, lengths, drafts, outputs)
+        return DeviceState(_on(self.of_each, caches), *_on(self.of_all, rest))
 
     def flat(self, shape: StepShape) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32, sharding=self.of_all)
@@ -83,8 +103,11 @@ class StepLayout:
         """As `step.step`, over the whole mesh."""
         least = MICRO_TOKENS.get(self._platform, OTHER_MICRO_TOKENS)
         axes = replace(self.axes, micro_batches=micro_batches(shape.tokens, self.axes.stage.size, least))
-        one = partial(step, self.model, backend, page_size, shape, axes=axes)
-        own: Any = DeviceState(EACH, ALL, ALL)  # type: ignore[arg-type]
+        one = partial(step, self.model, backend, page_size, shape, axes=axes, drafter=self.drafter)
+        if shape.drafts:
+            assert self.drafter is not None
+            one = partial(speculating_step, self.drafter, self.model, backend, page_size, shape, axes=axes)
+        own: Any = DeviceState(EACH, ALL, ALL, ALL if self.drafter else None)  # type: ignore[arg-type]
         return self.spread(one, (self.param_specs, own, ALL), (own, ALL))(params, state, flat)
 
     def spread(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:

@@ -58,7 +58,8 @@ class LLM:
                 if update.finish_reason is not None:
                     elapsed = bar.format_dict["elapsed"]
                     if elapsed:
-                        bar.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)
+                        rate = f"{tokens / elapsed:.0f} tokens/s"
+                        bar.set_postfix_str(rate + _acceptance(groups), refresh=False)
                     bar.update()
         return [group.output() for group in groups]
 
@@ -170,6 +171,13 @@ class LLM:
             for group in groups:
                 if not group.finished():
                     self.core.abort(group.request_id)
+
+
+def _acceptance(groups: Sequence[Group]) -> str:
+    """-> what became of these requests' drafts, for the progress bar; nothing where there were none."""
+    drafted = sum(group.metrics.num_draft_tokens for group in groups)
+    kept = sum(group.metrics.num_accepted_tokens for group in groups)
+    return f", {kept} of {drafted} drafts right" if drafted else ""
 
 
 def _batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:

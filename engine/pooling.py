@@ -143,14 +143,15 @@ def _weights(pooling: str, count: int) -> np.ndarray:
 
 def _pooled(
     config: ModelConfig, backend: Backend, rows: int, axes: Axes,
-    params: Params, kv_caches: list[Any], part: dict[str, Array],
+    params: Params, kv_caches: list[Any], part: dict[str, Any],
 ) -> tuple[Array, list[Any]]:  # fmt: skip
     """-> weighted sums of each row's hidden states [rows, D] float32, and the new caches.
 
     `part`: tokens, positions, row_of [T] i32 and weights [T] f32, and RaggedBatch's arrays under their names. Padding
     is of row `rows`, which is dropped.
     """
-    batch = RaggedBatch(**{field.name: part[field.name] for field in dataclasses.fields(RaggedBatch)})
+    names = {field.name for field in dataclasses.fields(RaggedBatch)}
+    batch = RaggedBatch(**{name: array for name, array in part.items() if name in names})
     hidden, kv_caches = forward(config, backend, params, kv_caches, part["tokens"], part["positions"], batch, axes)
     weights = part["weights"][:, None]
     counted = jnp.where(weights != 0, hidden.astype(jnp.float32) * weights, 0.0)

@@ -17,6 +17,7 @@ import numpy as np
 from engine.core import EngineCore, Prompt, Stats
 from engine.pages import encode_tokens, hash_page, root_hash
 from engine.request import Group, RequestError, SamplingParams, Update
+from engine.speculation.speculator import in_all
 
 ANSWER_TOKENS = 64  # prompt tokens that answering for one completion counts as: nobody knows how long it gets
 KNOWN_PAGES = 1 << 16  # pages of prompts whose replicas are remembered
@@ -129,7 +130,9 @@ class Replicas:
     def stats(self) -> Stats:
         """-> sums over the replicas; of kv_cache_usage, the mean."""
         each = [core.stats() for core in self.cores]
-        total: dict[str, Any] = {f.name: sum(getattr(stats, f.name) for stats in each) for f in fields(Stats)}
+        names = [f.name for f in fields(Stats) if f.name != "speculation"]
+        total: dict[str, Any] = {name: sum(getattr(stats, name) for stats in each) for name in names}
+        total["speculation"] = in_all([stats.speculation for stats in each if stats.speculation is not None])
         return Stats(**total | {"kv_cache_usage": total["kv_cache_usage"] / len(each)})
 
     def reset_prefix_cache(self) -> bool:

@@ -179,12 +179,14 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds since the epoch; None until reached."""
+    """Times in seconds since the epoch, None until reached; and what speculation drafted."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    num_draft_tokens: int = 0  # that were verified, over all completions
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -265,7 +267,8 @@ class Request:
     """Host state of one sequence: its tokens, how many of them are in the KV cache, its pages and its slot.
 
     `num_computed_tokens` counts what launched steps have computed or will have; `num_tokens` counts every token that
-    exists, also those sampled by a step whose result the host has not read yet (`num_in_flight` of them).
+    exists, also those sampled by a step whose result the host has not read yet (`num_in_flight` of them). Both count
+    no draft: of `num_drafts_in_flight` more tokens the host learns only with a step's result how many there are.
     """
 
     group: Group
@@ -281,6 +284,7 @@ class Request:
     arrival: int = 0  # order of arrival; breaks ties
     num_computed_tokens: int = 0
     num_in_flight: int = 0
+    num_drafts_in_flight: int = 0
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
     num_registered_pages: int = 0
@@ -295,6 +299,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def most_computed_tokens(self) -> int:
+        """Tokens that are ever computed: all but the last that may be sampled."""
+        return self.num_prompt_tokens + self.max_tokens - 1
 
     @property
     def priority(self) -> tuple[int, int]:

@@ -23,6 +23,9 @@ class Row:
     start: int
     count: int
     samples: bool  # the last of its tokens is the sequence's last: the step samples the next one
+    drafts: int = 0  # tokens behind it that may be drafted and verified in the same step
+    given: Sequence[int] = ()  # drafts, where the host makes them
+    limit: int = 0  # positions below have their place in the request's pages, and may be computed
 
 
 @dataclass(slots=True)
@@ -36,6 +39,8 @@ class StepPlan:
     copies: list[tuple[int, int]] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     num_tokens: int = 0
+    speculates: bool = False  # rows may have drafts; then each has one token besides, and samples
+    fills: list[Row] = field(default_factory=list)  # tokens that the draft model must see before
 
 
 class Scheduler:
@@ -92,35 +97,67 @@ class Scheduler:
         plan.rows.sort(key=lambda row: row.count > 1)  # stable: decodes first, else in order
         return plan
 
-    def commit(self, plan: StepPlan, token_ids: Sequence[int]) -> list[tuple[Row, int]]:
-        """Take a step's sampled tokens, one a row (ignored where the row doesn't sample).
+    def commit(self, plan: StepPlan, sampled: Sequence[Sequence[int]]) -> list[tuple[Row, Sequence[int]]]:
+        """Take what a step sampled for each row (ignored where it doesn't): a token, and more if drafts were right.
 
-        -> (row, token) for each token that now belongs to its request; those of requests that ended meanwhile are
-        discarded. A token below 0 means that the row's logits were not finite: the request ends with "error".
+        -> (row, tokens) where tokens now belong to the row's request; those of requests that ended meanwhile, or behind
+        the token that ended one, are discarded. A token below 0 means that logits were not finite: the request ends
+        with "error".
         """
         accepted = []
-        for row, token in zip(plan.rows, token_ids, strict=True):
+        for row, tokens in zip(plan.rows, sampled, strict=True):
             request = row.request
             if not row.samples:
                 continue
             request.num_in_flight -= 1
+            request.num_drafts_in_flight -= row.drafts
             if request.finish_reason is not None:
                 continue
+            if request.slot is not None:
+                computed = request.num_computed_tokens + len(tokens) - 1
+                request.num_computed_tokens = min(computed, request.most_computed_tokens)
+            accepted.append((row, self._take(request, tokens)))
+        return accepted
+
+    def _take(self, request: Request, tokens: Sequence[int]) -> Sequence[int]:
+        """Append sampled tokens to a request, up to the one that ends it. -> those that were."""
+        room = request.max_tokens - (len(request.token_ids) - request.num_prompt_tokens)
+        for count, token in enumerate(tokens):
             if token < 0:
                 self.pool.forget(request.pages)
                 self.finish(request, "error", register=False)
-                accepted.append((row, token))
-                continue
+                return tokens[:count]
             request.token_ids.append(token)
-            accepted.append((row, token))
-            num_output = len(request.token_ids) - request.num_prompt_tokens
             if token in request.stop_token_ids:
                 self.finish(request, "stop")
-            elif num_output >= request.max_tokens:
+            elif count + 1 == room:
                 self.finish(request, "length")
-            elif request.slot is not None:
-                self.pool.register(request)
-        return accepted
+            if request.finish_reason is not None:
+                return tokens[: count + 1]
+        if request.slot is not None:
+            self.pool.register(request)
+        return tokens
+
+    def add_drafts(self, plan: StepPlan, wanted: Sequence[int]) -> None:
+        """Let each row of a plan of decodes verify up to so many drafts, as far as there are pages to spare for them.
+
+        How many tokens a sequence has may not be known yet: then a row gets pages for the most that it can have.
+        """
+        plan.speculates = True
+        spare = min(len(self.running), self.pool.capacity // 100)
+        for row, count in zip(plan.rows, wanted, strict=True):
+            request, assumed = row.request, row.start + 1 + row.request.num_drafts_in_flight
+            count = min(count, request.most_computed_tokens - row.start - 1)
+            if count <= 0:
+                continue
+            most = min(assumed + count, request.most_computed_tokens)
+            need = self.pool.pages_for(most) - len(request.pages)
+            if need > 0:
+                if need + spare > len(self.pool.free):
+                    continue
+                request.pages += self.pool.allocate(need) or []
+            row.limit, row.drafts = most, count
+            request.num_drafts_in_flight += count
 
     def finish(self, request: Request, reason: str, *, register: bool = True) -> None:
         """End a request, wherever it is, and free what it holds at once. Later steps discard its tokens."""
@@ -143,7 +180,7 @@ class Scheduler:
             count = min(request.num_tokens - request.num_computed_tokens, self._budget(plan))
             if count <= 0:
                 continue
-            need = self.pool.pages_for(request.num_computed_tokens + count) - len(request.pages)
+            need = self.pool.pages_for(self._most_computed(request, count)) - len(request.pages)
             if need > 0:
                 pages = self.pool.allocate(need)
                 while pages is None and (victim := self._victim(plan)) is not request:
@@ -212,12 +249,17 @@ class Scheduler:
         start = request.num_computed_tokens
         samples = start + count == request.num_tokens
         assert request.slot is not None
-        plan.rows.append(Row(request, request.slot, start, count, samples))
+        limit = self._most_computed(request, count)
+        plan.rows.append(Row(request, request.slot, start, count, samples, limit=limit))
         plan.num_tokens += count
         request.num_computed_tokens += count
         request.num_in_flight += samples
         if count > 1:  # what a decode adds is registered when its token is known
             self.pool.register(request)
+
+    def _most_computed(self, request: Request, count: int) -> int:
+        """-> how many of its tokens may be computed after `count` more, if all drafts in flight are right."""
+        return min(request.num_computed_tokens + request.num_drafts_in_flight + count, request.most_computed_tokens)
 
     def _victim(self, plan: StepPlan) -> Request:
         """-> whom to preempt: the last to arrive of the least urgent, of those not yet in this plan."""

@@ -25,6 +25,8 @@ from engine.models.narrow import abstract_narrow, describe, random_narrow
 from engine.models.params import Params
 from engine.replicas import Engine, Replicas
 from engine.runner import Runner
+from engine.speculation.checkpoint import open_draft
+from engine.speculative_config import read_speculative_config
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
 from engine.weights.load import Checkpoint, load_params, open_checkpoint, quantization_of, read_config
@@ -96,6 +98,16 @@ def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], No
         raise ValueError(
             f"kv_cache_dtype: {resolved.kv_cache_dtype} with scales is for one device so far, and this mesh is {sizes}"
         )
+    drafter = draft = None
+    if config.speculative_config is not None:
+        if peers is not None:
+            raise ValueError("speculative_config: is for one process so far; leave num_processes out")
+        spec = read_speculative_config(config.speculative_config)
+        draft = open_draft(spec, model, checkpoint, dummy=dummy)
+        drafter = draft.drafter
+        if draft.load is not None and not alone:
+            problem = f"method {spec.method!r} is for one device so far, and this mesh is {sizes}"
+            raise ValueError(f"speculative_config: {problem}; ngram and suffix run on any")
 
     def load(placed: Params) -> Params:
         began = time.perf_counter()
@@ -106,12 +118,14 @@ def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], No
         if scaled:
             params = with_scales(model, resolved.dtype, params, kv_scales, config.seed)
             report(f"KV cache: scales of each head {'from the checkpoint' if kv_scales else 'measured'}")
+        if draft is not None and draft.load is not None:
+            params = params | {"draft": draft.load(resolved.dtype, config.seed)}
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         report(f"weights: quantization {quantization.name}: {describe(params)}")
         return params
 
     def engine(mesh: Mesh) -> EngineCore:
-        runner = Runner(config, resolved, model, mesh, load, report, cache, peers, quantization.plan, scaled)
+        runner = Runner(config, resolved, model, mesh, load, report, cache, peers, quantization.plan, scaled, drafter)
         return EngineCore(config, resolved, model, tokenizer, runner)
 
     cores = [engine(mesh) for mesh in replica_meshes(jax.devices(), *sizes)]

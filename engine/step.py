@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any
 
 import jax
@@ -12,9 +12,13 @@ from jax import Array
 
 from engine.models.config import ModelConfig
 from engine.models.params import Params
-from engine.models.transformer import forward, logits
+from engine.models.transformer import forward_with_taps, logits
 from engine.request import MAX_LOGPROBS
 from engine.sampler import SampleOutput, SamplingInput, SlotTables, prompt_logprobs, sample
+from engine.speculation import heads
+from engine.speculation.drafter import Drafter
+from engine.speculation.lengths import follow
+from engine.speculation.verify import Runs
 from engine.step_input import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
 from kernels.attention import Backend, RaggedBatch
 from sharding.axes import ALONE, Axes
@@ -27,6 +31,9 @@ class DeviceState:
     kv_caches: list[Any]  # one for each layer, in the attention backend's layout
     page_table: Array  # [slots, pages] i32: the pages of the slot's request, in order
     tables: SlotTables  # by slot: the tokens so far, and rare sampling wishes
+    lengths: Array | None = None  # [slots] i32: tokens so far, where the engine speculates
+    draft_caches: list[Any] = field(default_factory=list)  # as kv_caches, of the layers that draft
+    head_outputs: Array | None = None  # [slots, D], of a head that drafts: its output at the token before the last
 
 
 @struct.dataclass
@@ -45,6 +52,7 @@ class StepOutput:
 
     sampled: SampleOutput  # S rows
     prompt: PromptLogprobs | None  # zeros unless a row asked; None where the shape has none
+    runs: Runs | None = None  # which of the sampled tokens, in a step that verified drafts
 
 
 def step(
@@ -56,32 +64,52 @@ def step(
     state: DeviceState,
     flat: Array,
     axes: Axes = ALONE,
+    drafter: Drafter | None = None,
 ) -> tuple[DeviceState, StepOutput]:
     """Compute one step. `flat` is BatchBuilder.build's int32 array; what comes before `params` is static.
+
+    So are `axes` and `drafter`, whose head, if it has one, looks at every token.
 
     On a mesh it runs inside `jax.shard_map`: `params` and `kv_caches` are this device's, all else is everybody's.
     """
     part = unpack(flat, shape)
     # Padding has slots out of range: it changes nothing, reads page 0 and writes there.
-    page_table = state.page_table.at[part["slots"], part["new_page_at"]].set(part["new_page"], mode="drop")
-    pages_of = lambda *at: page_table.at[at].get(mode="fill", fill_value=0)
-    batch = RaggedBatch(
-        pages_of(part["slots"]), part["kv_lens"], part["cu_q_lens"], part["num_rows"], part["num_decodes"],
-        pages_of(part["token_slots"], part["positions"] // page_size), part["positions"] % page_size,
-    )  # fmt: skip
+    page_table = grow_table(state.page_table, part)
+    if state.lengths is not None:
+        part = follow(part, state.lengths)
+    batch = ragged_batch(part, page_table, page_size)
     tables = state.tables
     sampled_before = tables.tokens[jnp.maximum(-1 - part["tokens"], 0), part["positions"]]
     tokens = jnp.where(part["tokens"] < 0, sampled_before, part["tokens"])
-    hidden, kv_caches = forward(config, backend, params, state.kv_caches, tokens, part["positions"], batch, axes)
+    taps, positions = drafter.taps if drafter else (), part["positions"]
+    hidden, kv_caches, tapped = forward_with_taps(
+        config, backend, params, state.kv_caches, tokens, positions, batch, taps, axes
+    )
 
     with jax.named_scope("sample"):
         rows = axes.stage.last(hidden[part["sample_at"]])
-        out = _sample(config, params, rows, _sampling_input(part), tables, shape.plain, axes)
+        out = sample_rows(config, params, rows, sampling_input(part), tables, shape.plain, axes)
         active = part["row_flags"] != 0
         slots = jnp.where(active, part["slots"], tables.tokens.shape[0])
         history = tables.tokens.at[slots, part["sample_positions"]].set(jnp.maximum(out.token, 0), mode="drop")
 
-    state = DeviceState(kv_caches, page_table, replace(tables, tokens=history))
+        lengths = state.lengths
+        if lengths is not None:
+            lengths = lengths.at[slots].set(part["sample_positions"] + 1, mode="drop")
+
+    if drafter and drafter.has_head:
+        with jax.named_scope("draft"):
+            seen = heads.features(drafter, params, hidden, tapped)
+            following = history.at[part["token_slots"], positions + 1].get(mode="fill", fill_value=0)
+            out_of_head, draft_caches = heads.advance(
+                drafter, config, backend, params, state.draft_caches, seen, following, positions, batch
+            )
+            assert state.head_outputs is not None
+            outputs = state.head_outputs.at[slots].set(out_of_head[part["sample_at"]], mode="drop")
+            state = replace(state, draft_caches=draft_caches, head_outputs=outputs)
+    state = replace(
+        state, kv_caches=kv_caches, page_table=page_table, tables=replace(tables, tokens=history), lengths=lengths
+    )
     if not shape.has_prompt_logprobs:
         return state, StepOutput(out, None)
 
@@ -101,7 +129,7 @@ def step(
     return state, StepOutput(out, asked)
 
 
-def _sample(
+def sample_rows(
     config: ModelConfig, params: Params, hidden: Array, inp: SamplingInput, tables: SlotTables, plain: bool, axes: Axes
 ) -> SampleOutput:
     """hidden [S, D] -> a token for each row. On a mesh each device makes logits of its part of the vocabulary for all
@@ -114,17 +142,32 @@ def _sample(
     return jax.tree.map(lambda x: axes.whole.gather(x)[:count], out)
 
 
+def ragged_batch(part: dict[str, Array], page_table: Array, page_size: int) -> RaggedBatch:
+    """-> the batch that the parts of a flat input tell of."""
+    pages_of = lambda *at: page_table.at[at].get(mode="fill", fill_value=0)
+    return RaggedBatch(
+        pages_of(part["slots"]), part["kv_lens"], part["cu_q_lens"], part["num_rows"], part["num_decodes"],
+        pages_of(part["token_slots"], part["positions"] // page_size), part["positions"] % page_size,
+    )  # fmt: skip
+
+
+def grow_table(page_table: Array, part: dict[str, Array]) -> Array:
+    """-> page_table [slots, pages] with the page that each row has got."""
+    return page_table.at[part["slots"], part["new_page_at"]].set(part["new_page"], mode="drop")
+
+
 def write_page_table(page_table: Array, slots: Array, rows: Array) -> Array:
     """-> page_table [slots, pages] with rows [R, pages] at `slots` [R]; one that is out of range is dropped."""
     return page_table.at[slots].set(rows, mode="drop")
 
 
-def write_slot(tables: SlotTables, slot: Array, row: SlotTables) -> SlotTables:
-    """-> the tables with one slot's part replaced; `row` is slots.slot_row's."""
+def write_slot(tables: Any, slot: Array, row: Any) -> Any:
+    """-> a tree of tables [slots, ...] with one slot's part replaced, such as SlotTables by slots.slot_row's."""
     return jax.tree.map(lambda table, value: table.at[slot].set(value), tables, row)
 
 
-def _sampling_input(part: dict[str, Array]) -> SamplingInput:
+def sampling_input(part: dict[str, Array]) -> SamplingInput:
+    """-> how rows sample, from the parts of a flat input that say so."""
     as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
     constants = zip(SLOT_FIELDS, part["constants"], strict=True)
     row = {name: as_float(values) if name in FLOAT_FIELDS else values for name, values in constants}

@@ -23,6 +23,7 @@ SLOT_FIELDS = (
     "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
 )  # fmt: skip
 FLOAT_FIELDS = frozenset(SLOT_FIELDS[5:])
+MOST_SPECULATING_ROWS = 64  # beyond, a step has no time to spare for drafts
 TABLE_ROWS = 8  # rows of page tables in one launch of their own; more take several
 
 
@@ -30,16 +31,20 @@ class StepShape(NamedTuple):
     """Rows and tokens (S and T of a RaggedBatch) that one executable is made for.
 
     `plain`: no row wants logprobs or edited logits (`slots.is_plain`), and the step leaves both out.
+    `drafts`: how many a row may have, in a step that verifies drafts and in which each row has one token besides.
+    `follows`: the device knows better than the host how long sequences are, as wherever there are drafts in flight.
     """
 
     rows: int
     tokens: int
     plain: bool = False
+    drafts: int = 0
+    follows: bool = False
 
     @property
     def has_prompt_logprobs(self) -> bool:
         """Whether the step computes them for prompts that ask: mixed steps do."""
-        return not self.plain and self.tokens > self.rows
+        return not self.plain and not self.drafts and self.tokens > self.rows
 
 
 def step_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
@@ -72,6 +77,20 @@ def gpu_step_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[Step
     return list(dict.fromkeys(plain + full))
 
 
+def speculative_shapes(shapes: Sequence[StepShape], drafts: int, max_num_batched_tokens: int) -> list[StepShape]:
+    """-> the buckets of an engine that speculates: `shapes`, and for its decodes up to 64 rows some with drafts.
+
+    Each of those once with all drafts for all rows, and once with room for those of a few.
+    """
+    found = [shape._replace(follows=True) for shape in shapes]
+    for shape in found[:]:
+        if shape.rows == shape.tokens <= MOST_SPECULATING_ROWS:
+            for room in (max(drafts, shape.rows * drafts // 4), shape.rows * drafts):
+                if shape.rows + room <= max(max_num_batched_tokens, 1 + drafts):
+                    found.append(shape._replace(tokens=shape.rows + room, drafts=drafts))
+    return list(dict.fromkeys(found))
+
+
 def _powers(low: int, high: int) -> list[int]:
     """-> low, 2 low, 4 low ... and high."""
     return [*itertools.takewhile(lambda n: n < high, (low << i for i in itertools.count())), high]
@@ -79,24 +98,27 @@ def _powers(low: int, high: int) -> list[int]:
 
 def choose_shape(shapes: Sequence[StepShape], plan: StepPlan, plain: bool = False) -> StepShape:
     """-> the smallest bucket that the plan fits: fewest tokens, then fewest rows. `plain`: whether all its rows are."""
-    rows = len(plan.rows)
+    rows, tokens = len(plan.rows), plan.num_tokens + sum(row.drafts for row in plan.rows)
     decodes = plan.num_tokens == rows and not any(map(_wants_prompt_logprobs, plan.rows))
-    fits = lambda s: s.rows >= rows and s.tokens >= plan.num_tokens and (decodes or s.tokens > s.rows)
-    fitting = [s for s in shapes if fits(s) and (plain or not s.plain)]
+    fits = lambda s: s.rows >= rows and s.tokens >= tokens and (decodes or s.tokens > s.rows)
+    fitting = [s for s in shapes if fits(s) and (plain or not s.plain) and (s.drafts > 0) == plan.speculates]
     return min(fitting, key=lambda s: (s.tokens, s.rows, not s.plain))
 
 
 @cache
 def layout(shape: StepShape) -> dict[str, tuple[slice, tuple[int, ...]]]:
     """-> where each part of the flat input lies, and its shape."""
-    S, T = shape.rows, shape.tokens
+    S, T, K = shape.rows, shape.tokens, shape.drafts
+    every = ("slots", "row_flags", "new_page_at", "new_page", *(("limits",) if shape.follows else ()))
+    constants = {"cu_q_lens": (S + 1,), "constants": (len(SLOT_FIELDS), S), **dict.fromkeys(every, (S,))}
     asked = ("next_tokens",) if shape.has_prompt_logprobs else ()
-    per_row = ("kv_lens", "sample_at", "slots", "row_flags", "sample_positions", "new_page_at", "new_page")
     sizes: dict[str, tuple[int, ...]] = {
         "num_rows": (), "num_decodes": (), "wants_prompt_logprobs": (),
         **dict.fromkeys(("tokens", "positions", "token_slots", *asked), (T,)),
-        "cu_q_lens": (S + 1,), **dict.fromkeys(per_row, (S,)), "constants": (len(SLOT_FIELDS), S),
+        **dict.fromkeys(("kv_lens", "sample_at", "sample_positions"), (S,)), **constants,
     }  # fmt: skip
+    if shape.drafts:
+        sizes = {"row_of": (T,), "given": (S, K), "num_given": (S,), **constants}
     ends = np.cumsum([int(np.prod(size)) for size in sizes.values()]).tolist()
     starts = [0, *ends]
     return {name: (slice(start, end), sizes[name]) for name, start, end in zip(sizes, starts, ends, strict=False)}
@@ -163,23 +185,32 @@ class BatchBuilder:
         """-> the flat input [flat_size(shape)] int32 of a plan whose table rows are written, padded to the bucket."""
         flat = np.zeros(flat_size(shape), np.int32)
         parts = unpack(flat, shape)
-        count, total = len(plan.rows), plan.num_tokens
-        fields = [(row.slot, row.start, row.count, row.samples) for row in plan.rows]
-        slots, starts, counts, samples = np.array(fields, np.int32).reshape(-1, 4).T
+        count = len(plan.rows)
+        fields = [(row.slot, row.start, row.count + row.drafts, row.samples, row.limit) for row in plan.rows]
+        slots, starts, counts, samples, limits = np.array(fields, np.int32).reshape(-1, 5).T
 
-        flat[:2] = count, np.count_nonzero(counts == 1)
         ends = np.cumsum(counts, dtype=np.int32)
+        total = ends[-1]
         parts["cu_q_lens"][1 : count + 1] = ends
         parts["cu_q_lens"][count + 1 :] = total
-        parts["kv_lens"][:count] = parts["sample_positions"][:count] = starts + counts
-        parts["sample_at"][:count] = ends - 1
-        parts["slots"][:] = parts["token_slots"][:] = self.num_slots  # padding writes nowhere
+        parts["slots"][:] = self.num_slots  # padding writes nowhere
         parts["slots"][:count] = slots
         parts["constants"][:, :count] = self.constants[slots].T
         parts["row_flags"][:count] = parts["constants"][SLOT_FIELDS.index("flags"), :count] * samples
+        if shape.follows:
+            parts["limits"][:count] = limits
         self._grow_tables(plan, parts)
 
         row_of = np.repeat(np.arange(count), counts)
+        if shape.drafts:
+            parts["row_of"][:] = shape.rows  # none
+            parts["row_of"][:total] = row_of
+            self._give_drafts(plan, parts)
+            return flat
+        flat[:2] = count, np.count_nonzero(counts == 1)
+        parts["kv_lens"][:count] = parts["sample_positions"][:count] = starts + counts
+        parts["sample_at"][:count] = ends - 1
+        parts["token_slots"][:] = self.num_slots
         parts["token_slots"][:total] = slots[row_of]
         parts["positions"][:total] = np.arange(total, dtype=np.int32) - (ends - counts - starts)[row_of]
         parts["tokens"][:total] = self._tokens(plan)
@@ -195,6 +226,12 @@ class BatchBuilder:
             if len(pages) > known:
                 parts["new_page_at"][i], parts["new_page"][i] = known, pages[known]
                 self.num_pages[row.slot] = known + 1
+
+    def _give_drafts(self, plan: StepPlan, parts: dict[str, Any]) -> None:
+        """Write the drafts that the host has made."""
+        for i, row in enumerate(plan.rows):
+            parts["given"][i, : len(row.given)] = row.given
+            parts["num_given"][i] = len(row.given)
 
     def _tokens(self, plan: StepPlan) -> list[int]:
         """-> token ids; one that is still being sampled is -1 - slot: the step reads it from its own state."""

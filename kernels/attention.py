@@ -39,10 +39,20 @@ class AttentionSpec:
 
 
 @struct.dataclass
+class Runs:
+    """Which decodes of a batch follow each other in one sequence, for a backend that reads its pages once for all."""
+
+    first: Array  # [R] i32: the first row of each run; runs may be of padding
+    run_of: Array  # [S] i32: the run that a row belongs to
+    longest: int = struct.field(pytree_node=False)  # rows of a run, at most
+
+
+@struct.dataclass
 class RaggedBatch:
     """T tokens of up to S sequences, row after row; rows with one token ("decodes") come first. All int32.
 
-    A row may read pages that a row before it writes in the same step. Padding tokens write to page 0.
+    A row may read pages that a row before it writes in the same step. Padding tokens write to page 0. With `runs`,
+    which a backend may ignore, every row is a decode.
     """
 
     page_table: Array  # [S, P] the row's pages, in order; 0 beyond its end
@@ -52,6 +62,7 @@ class RaggedBatch:
     num_decodes: Array  # [] rows with one token
     write_page: Array  # [T] page that each token's key and value go to
     write_offset: Array  # [T] and its place in that page
+    runs: Runs | None = None
 
 
 @struct.dataclass
@@ -133,6 +144,6 @@ def choose_backend(name: str, platform: str, specs: set[AttentionSpec], page_siz
     raise ValueError(f"attention_backend: none fits on {platform}: {'; '.join(reasons)}")
 
 
-def copy_pages(caches: list[Any], sources: Array, destinations: Array) -> list[Any]:
+def copy_pages(caches: Any, sources: Array, destinations: Array) -> Any:
     """Copy whole pages in every layer; all reads come before all writes. sources, destinations: [C] i32."""
     return jax.tree.map(lambda pages: pages.at[destinations].set(pages[sources]), caches)

@@ -15,7 +15,7 @@ from jax import Array
 from kernels.storage import KV_DTYPES, stored
 
 if TYPE_CHECKING:
-    from kernels.attention import AttentionSpec, RaggedBatch
+    from kernels.attention import AttentionSpec, RaggedBatch, Runs
 
 KV_CHUNK = 256  # tokens of a row's context in one turn of a loop
 Q_BLOCK = 128  # query tokens of a row in one turn
@@ -59,6 +59,8 @@ def update_and_attend(
     cache = Cache(write(cache.k, k, scales[0]), values)
     context = _Context(cache, kv_scales, q.dtype, spec)
     num_rows = batch.page_table.shape[0]
+    if batch.runs is not None:
+        return _decode_runs(q, context, batch, batch.runs, sinks), cache
     out = _decode(q[:num_rows], context, batch, sinks)
     if q.shape[0] > num_rows:  # else every row has one token at most
         out = jnp.pad(out, ((0, q.shape[0] - num_rows), (0, 0), (0, 0), (0, 0)))
@@ -146,18 +148,36 @@ def _gather(pages: Array, table: Array, turn: Array, chunk: int) -> Array:
 
 def _decode(q: Array, context: _Context, batch: RaggedBatch, sinks: Array | None) -> Array:
     """q [S, K, G, D], one token a row; rows that are no decodes give zeros."""
-    num_rows, spec = q.shape[0], context.spec
-    chunk = min(max(1 << (DECODE_CHUNK // num_rows).bit_length() - 1, 16), KV_CHUNK)
-    lens = jnp.where(jnp.arange(num_rows) < batch.num_decodes, batch.kv_lens, 0)
+    lens = jnp.where(jnp.arange(q.shape[0]) < batch.num_decodes, batch.kv_lens, 0)
+    return _attend_rows(q, context, batch.page_table, lens[:, None], sinks)
+
+
+def _decode_runs(q: Array, context: _Context, batch: RaggedBatch, runs: Runs, sinks: Array | None) -> Array:
+    """q [S, K, G, D], one token a row, in runs of up to W that share their pages -> [S, K, G, value_dim]."""
+    num_rows, K, G, _ = q.shape
+    width, count = runs.longest, runs.first.shape[0]
+    rows = jnp.minimum(runs.first[:, None] + jnp.arange(width)[None], num_rows - 1)
+    taken = q[rows].transpose(0, 2, 3, 1, 4).reshape(count, K, G * width, -1)
+    own_sinks = None if sinks is None else jnp.repeat(sinks, width, axis=1)
+    out = _attend_rows(taken, context, batch.page_table[runs.first], batch.kv_lens[rows], own_sinks)
+    out = out.reshape(count, K, G, width, -1)
+    behind = jnp.clip(jnp.arange(num_rows) - runs.first[runs.run_of], 0, width - 1)
+    return out[runs.run_of, :, :, behind]
+
+
+def _attend_rows(q: Array, context: _Context, table: Array, lens: Array, sinks: Array | None) -> Array:
+    """q [R, K, G * W, D], W tokens of each row behind each other, that see lens [R, W] tokens of table [R, P]."""
+    spec, group = context.spec, q.shape[2] // lens.shape[1]
+    chunk = min(max(1 << (DECODE_CHUNK // q.shape[0]).bit_length() - 1, 16), KV_CHUNK)
     first = jnp.zeros_like(lens) if spec.window is None else jnp.maximum(lens - spec.window, 0)
     begin = jnp.min(jnp.where(lens > 0, first, lens.max())) // chunk
     end = -(-lens.max() // chunk)
 
     def body(i: Array, state: _Softmax) -> _Softmax:
-        k, v = context.read(batch.page_table, i, chunk)
-        at = i * chunk + jnp.arange(chunk)[None, :]
-        visible = (at < lens[:, None]) & (at >= first[:, None])
-        return _extend(state, q, k, v, visible[:, None, None, :], spec)
+        k, v = context.read(table, i, chunk)
+        at = i * chunk + jnp.arange(chunk)[None, None, :]
+        visible = (at < lens[:, :, None]) & (at >= first[:, :, None])
+        return _extend(state, q, k, v, jnp.tile(visible, (1, group, 1))[:, None], spec)
 
     start = _start((*q.shape[:-1], context.value_dim), sinks)
     return _finish(jax.lax.fori_loop(begin, end, body, start), q.dtype)

@@ -33,16 +33,16 @@ class NoModel:
         self.shapes = step_shapes(rows, 8192)
         self.builder = BatchBuilder(rows, MAX_MODEL_LEN // PAGE)
         self.random = np.random.default_rng(0)
-        self.vocab_size = vocab_size
+        self.vocab_size, self.drafter = vocab_size, None
 
     def launch(self, plan) -> Launched:
         shape = choose_shape(self.shapes, plan, self.builder.admit(plan))
         list(self.builder.table_rows(plan))
         self.builder.build(plan, shape)
-        return Launched(plan, SimpleNamespace())  # type: ignore[arg-type]
+        return Launched(plan, SimpleNamespace(runs=None))  # type: ignore[arg-type]
 
-    def collect(self, launched: Launched) -> np.ndarray:
-        return self.random.integers(1000, self.vocab_size, len(launched.plan.rows))
+    def collect(self, launched: Launched) -> list[list[int]]:
+        return self.random.integers(1000, self.vocab_size, (len(launched.plan.rows), 1)).tolist()
 
 
 def main() -> None:

@@ -5,6 +5,10 @@
 Prompts are random token ids, outputs are forced to their full length, decoding is greedy. --shape takes random weights.
 The limit of a workload is the time that its weights and KV cache take at the measured copy bandwidth, step after step,
 plus the time that its prompts' products take at the measured bf16 rate.
+
+With --draft-shape a model of that shape and random weights drafts --drafts tokens in every step. Random weights agree
+on nothing, so --forced-acceptance says which share of the drafts is accepted, whatever the model says: only speed means
+something then, and the limit that is printed, of one step for each token, is none.
 """
 
 from __future__ import annotations
@@ -105,6 +109,17 @@ def run(llm: LLM, work: Workload) -> float:
     return elapsed
 
 
+def drafting(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """-> speculative_config; `folder` gets the config of a model of --draft-shape with the vocabulary of --shape."""
+    folder.mkdir()
+    draft = SHAPES[options.draft_shape] | {"vocab_size": SHAPES[options.shape]["vocab_size"]}
+    (folder / "config.json").write_text(json.dumps(draft))
+    return dict(
+        method="draft_model", model=str(folder), num_speculative_tokens=options.drafts, adaptive=False,
+        benchmark_forced_acceptance=options.forced_acceptance,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -114,14 +129,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--profile", type=Path, help="write a profiler trace of one more run of each workload here")
+    parser.add_argument("--draft-shape", choices=SHAPES, help="speculate with a model of this shape; needs --shape")
+    parser.add_argument("--drafts", type=int, default=4, help="tokens that it drafts in every step")
+    parser.add_argument("--forced-acceptance", type=float, default=0.7, help="share of drafts that count as right")
     parser.add_argument("--settings", default="{}", help="JSON: more of EngineConfig's settings")
     options = parser.parse_args()
+    if options.draft_shape and not options.shape:
+        parser.error("--draft-shape needs --shape")
     settings = dict(max_model_len=4096) | json.loads(options.settings)
     limit_gpu_pool(make_config(model=options.model or options.shape, **settings))  # before anything touches the GPU
     bandwidth, rate = copy_bandwidth(), matmul_rate()
     started = time.perf_counter()
     if options.shape:
         with tempfile.TemporaryDirectory() as folder:
+            if options.draft_shape:
+                settings["speculative_config"] = drafting(options, Path(folder) / "draft")
             llm = LLM(**write_shape(options.shape, Path(folder)), **settings)
     else:
         llm = LLM(options.model, **settings)
@@ -141,6 +163,9 @@ def main() -> None:
             seconds=elapsed, in_tok_s=tokens_in / elapsed, out_tok_s=tokens_out / elapsed, share_of_limit=share
         )
         report["runs"][name] = figures
+        speculation = llm.get_metrics().speculation
+        if speculation is not None:
+            figures["drafts"] = vars(speculation)
         shown = f"{elapsed:8.3f} s {figures['in_tok_s']:10.0f} in/s {figures['out_tok_s']:9.0f} out/s"
         print(f"{name:22}{shown} {share:6.1%} of the limit", flush=True)
         if options.profile:

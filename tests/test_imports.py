@@ -18,7 +18,7 @@ PACKAGES = ("engine", "kernels", "sharding")
 # The parts of `engine` from the top down: a part may import from its own line and from any line below it.
 # `kernels` and `sharding` are at the bottom and see neither the engine nor each other.
 LAYERS = """
-    __init__ batch bench convert generate serve server
+    __init__ batch bench convert generate ray_data ray_serve serve server
     llm
     replicas startup
     core
@@ -27,16 +27,16 @@ LAYERS = """
     hosts
     layout
     kv_scales
-    executables memory speculate step step_input weights
+    executables memory speculation step step_input weights
     scheduler
     slots
     models sampler
     command_line config
-    pages
+    pages speculative_config
     request
 """
 LEVEL = {part: level for level, line in enumerate(LAYERS.strip().splitlines()) for part in line.split()}
-HOST_ONLY = ("engine.request", "engine.pages", "engine.scheduler", "engine.config")
+HOST_ONLY = ("engine.request", "engine.pages", "engine.scheduler", "engine.config", "engine.speculative_config")
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "orbax"}
 
 Imports = dict[str, set[tuple[str, bool]]]  # module -> (what it imports, whether it is imported for type checkers only)

@@ -114,6 +114,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     logit_soft_cap: float | None = None
     tie_embeddings: bool = False
+    attention_input: int | None = None  # width of what attention reads, where that is not hidden_size
 
     @property
     def group(self) -> int:

@@ -57,8 +57,9 @@ def _attention(config: ModelConfig) -> dict[str, ParamSpec]:
     qkv is [hidden, kv_heads, group + 2, head_dim]: for each KV head its query heads, then its key, then its value.
     """
     D, K, G, H = config.hidden_size, config.num_kv_heads, config.group, config.head_dim
+    E = config.attention_input or D
     specs = {
-        "qkv": ParamSpec((D, K, G + 2, H), ("embed", "kv_heads", "group_kv", None), D),
+        "qkv": ParamSpec((E, K, G + 2, H), ("embed", "kv_heads", "group_kv", None), E),
         "out": ParamSpec((K, G, H, D), ("kv_heads", "group", None, "embed"), K * G * H),
     }
     if config.qkv_bias:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,23 @@ def forward(
     batch: RaggedBatch,
     axes: Axes = ALONE,
 ) -> tuple[Array, list[Any]]:
-    """tokens [T] i32, positions [T] i32, one ragged batch -> hidden states [T, D] after the final norm, new caches.
+    """tokens [T] i32, positions [T] i32, one ragged batch -> hidden states [T, D] after the final norm, new caches."""
+    return forward_with_taps(config, backend, params, kv_caches, tokens, positions, batch, (), axes)[:2]
+
+
+def forward_with_taps(
+    config: ModelConfig,
+    backend: Backend,
+    params: Params,
+    kv_caches: list[Any],
+    tokens: Array,
+    positions: Array,
+    batch: RaggedBatch,
+    taps: Sequence[int],
+    axes: Axes = ALONE,
+) -> tuple[Array, list[Any], list[Array]]:
+    """As `forward`, and the hidden states [T, D] that go into layers `taps`; len(config.layers): out of the last.
+    Those there are on one device alone.
 
     On a mesh this is what each device computes of its own part, inside `jax.shard_map`; the hidden states are right on
     the last stage alone. A stage has a cache for each place of its layers (`placement.stage_layers`).
@@ -65,7 +81,8 @@ def forward(
     specs = dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None)
     with jax.named_scope("rope"):
         ropes: Ropes = {spec: rope_tables(spec, positions, config.max_model_len) for spec in specs}
-    run = partial(_stage, config, backend, params["layers"], axes)
+    states: list[Array] = []
+    run = partial(_stage, config, backend, params["layers"], axes, states)
     if axes.stage.size == 1:
         x, caches = run(x, kv_caches, ropes, batch)
     else:
@@ -80,14 +97,18 @@ def forward(
         x, caches = rotate(one, per_token[0], kv_caches, axes.stage)
         x = x[:, : tokens.shape[0] // count].reshape(-1, x.shape[-1])
     with jax.named_scope("final_norm"):
-        return rms_norm(x, params["final_norm"], config.norm_eps), caches
+        hidden = rms_norm(x, params["final_norm"], config.norm_eps)
+    return hidden, caches, [[*states, x][tap] for tap in taps]
 
 
 def _stage(
-    config: ModelConfig, backend: Backend, layers: list[Params], axes: Axes,
+    config: ModelConfig, backend: Backend, layers: list[Params], axes: Axes, states: list[Array],
     x: Array, kv_caches: list[Any], ropes: Ropes, batch: RaggedBatch,
 ) -> tuple[Array, list[Any]]:  # fmt: skip
-    """All layers of this device's stage, of which `layers` are the parameters. x [T, D] -> [T, D], new caches."""
+    """All layers of this device's stage, of which `layers` are the parameters. x [T, D] -> [T, D], new caches.
+
+    `states` gets what goes into each of them.
+    """
     stages, caches = axes.stage.size, []
     for place, p, cache in zip(stage_layers(config.layers, stages), layers, kv_caches, strict=True):
         if stages > 1:
@@ -100,13 +121,14 @@ def _stage(
             of_stage = [order.index(config.layers[i]) if i is not None else 0 for i in place]
             which = jnp.array(of_stage, jnp.int32)[axes.stage.index()]
         own = tuple(ropes[kind.rope] if kind.rope is not None else None for kind in order)
-        x, cache = _layer(config, tuple(kinds.items()), backend, axes, p, cache, x, own, batch, which)
+        states.append(x)
+        x, cache = decoder_layer(config, tuple(kinds.items()), backend, axes, p, cache, x, own, batch, which)
         caches.append(cache)
     return x, caches
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced and lowered once for all layers that are alike; XLA inlines it
-def _layer(
+def decoder_layer(
     config: ModelConfig,
     kinds: tuple[tuple[LayerSpec, AttentionSpec], ...],
     backend: Backend,
@@ -152,6 +174,24 @@ def _layer(
         parts = [partial(_mlp, config, layer, axes, p) for layer, _ in kinds]
         h = of_kind(parts, norm("mlp_norm", x), batch)
         return x + norm("mlp_post_norm", complete(h, "down_bias")), kv_cache
+
+
+def gated_layer(
+    config: ModelConfig,
+    layer: LayerSpec,
+    backend: Backend,
+    spec: AttentionSpec,
+    p: Params,
+    kv_cache: Any,
+    x: Array,
+    residual: Array,
+    batch: RaggedBatch,
+    rope: Rope,
+) -> tuple[Array, Any]:
+    """A layer whose attention reads something else than its residual: x [T, E], normed, and [T, D] -> [T, D], cache."""
+    h, kv_cache = _attention(config, backend, spec, ALONE, p, kv_cache, x, batch, rope)
+    residual = residual + h
+    return residual + _mlp(config, layer, ALONE, p, rms_norm(residual, p["mlp_norm"], config.norm_eps), batch), kv_cache
 
 
 def _attention(

@@ -13,6 +13,7 @@ from engine.request import Group, Update
 
 if TYPE_CHECKING:  # importing it brings JAX
     from engine.core import Stats
+    from engine.speculation.speculator import SpeculationStats
 
 PREFIX = "quire:"
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
@@ -74,6 +75,25 @@ class Metrics:
             metric = kind(PREFIX + name, text, labels=("model_name",))
             metric.add_metric((self._model_name,), getattr(self._stats, attribute))
             yield metric
+        if self._stats.speculation is not None:
+            yield from self._of_speculation(self._stats.speculation)
+
+    def _of_speculation(self, stats: SpeculationStats) -> Iterator[Metric]:
+        for name, value, text in (
+            ("num_drafts", stats.num_drafts, "Times that a sequence had drafts."),
+            ("num_draft_tokens", stats.num_draft_tokens, "Drafted tokens that were verified."),
+            ("num_accepted_tokens", stats.num_accepted_tokens, "Drafted tokens that were right."),
+        ):
+            metric = CounterMetricFamily(f"{PREFIX}spec_decode_{name}", text, labels=("model_name",))
+            metric.add_metric((self._model_name,), value)
+            yield metric
+        metric = CounterMetricFamily(
+            f"{PREFIX}spec_decode_num_accepted_tokens_per_pos", "Right ones by their place, from 0.",
+            labels=("model_name", "position"),
+        )  # fmt: skip
+        for place, count in enumerate(stats.accepted_per_position):
+            metric.add_metric((self._model_name, str(place)), count)
+        yield metric
 
     def expose(self) -> bytes:
         """-> Prometheus' text format."""

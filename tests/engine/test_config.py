@@ -40,7 +40,7 @@ def test_a_large_max_num_seqs_raises_the_token_budget_with_it():
         ({"model": "m", "max_num_seqs": True}, "max_num_seqs: must be of type int, got True"),
         ({"model": "m", "gpu_memory_utilization": float("nan")}, "gpu_memory_utilization: must be at least 0"),
         ({"model": "m", "scheduling_policy": "lifo"}, "scheduling_policy: must be one of"),
-        ({"model": "m", "speculative_config": {"method": "ngram"}}, "speculative_config: not supported yet"),
+        ({"model": "m", "speculative_config": {"method": "x"}}, "speculative_config: method must be one of"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings: dict, message: str):

@@ -17,18 +17,32 @@ from tests.engine.fakes import FakeDevice, check, expected_tokens, make_request
 class Engine:
     """Scheduler and fake device with one step in flight, as EngineCore runs them."""
 
-    def __init__(self, *, num_pages=17, page_size=4, seqs=4, budget=16, max_len=40, caching=True, policy="fcfs"):
+    def __init__(
+        self,
+        *,
+        num_pages=17,
+        page_size=4,
+        seqs=4,
+        budget=16,
+        max_len=40,
+        caching=True,
+        policy="fcfs",
+        luck: random.Random | None = None,
+    ):
         self.pool = PagePool(num_pages, page_size, caching)
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=max_len, policy=policy
         )
-        self.device = FakeDevice(self.pool, seqs)
-        self.in_flight: tuple[StepPlan, list[int]] | None = None
+        self.device, self.luck = FakeDevice(self.pool, seqs, luck), luck
+        self.in_flight: tuple[StepPlan, list[list[int]]] | None = None
         self.plans: list[StepPlan] = []
 
     def step(self) -> None:
         plan = self.scheduler.plan()
         assert plan.num_tokens == sum(row.count for row in plan.rows) <= self.scheduler.max_num_batched_tokens
+        decodes = plan.rows and all(row.count == 1 and row.samples for row in plan.rows)
+        if self.luck and decodes and self.luck.random() < 0.8:
+            self.scheduler.add_drafts(plan, [self.luck.randint(0, 5) for _ in plan.rows])
         self.plans.append(plan)
         launched = (plan, self.device.run(plan)) if plan.rows else None
         previous, self.in_flight = self.in_flight, launched
@@ -53,13 +67,23 @@ class Engine:
 @settings(max_examples=2000, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_any_schedule_ends_with_every_page_back_and_every_token_right(r: random.Random):
+    check_a_schedule(r, speculates=False)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_any_schedule_with_drafts_ends_with_every_page_back_and_every_token_right(r: random.Random):
+    check_a_schedule(r, speculates=True)
+
+
+def check_a_schedule(r: random.Random, speculates: bool) -> None:
     page_size = r.choice([1, 2, 4, 8])
     max_len = r.randint(8, 48)
     seqs = r.randint(1, 6)
     engine = Engine(
         num_pages=-(-max_len // page_size) + 1 + r.randint(0, 12),
         page_size=page_size, seqs=seqs, budget=r.randint(seqs, 24), max_len=max_len,
-        caching=r.random() < 0.8, policy=r.choice(["fcfs", "priority"]),
+        caching=r.random() < 0.8, policy=r.choice(["fcfs", "priority"]), luck=r if speculates else None,
     )  # fmt: skip
     stems = [[r.randrange(50) for _ in range(max_len)] for _ in range(2)]
     arrivals: list[Request] = []
@@ -200,7 +224,7 @@ def test_a_row_without_finite_logits_fails_alone_and_leaves_the_prefix_cache():
         engine.scheduler.add(request)
     plan = engine.scheduler.plan()
     tokens = engine.device.run(plan)
-    engine.scheduler.commit(plan, [-1 if row.request is bad else t for row, t in zip(plan.rows, tokens, strict=True)])
+    engine.scheduler.commit(plan, [[-1] if row.request is bad else t for row, t in zip(plan.rows, tokens, strict=True)])
     assert (bad.finish_reason, good.finish_reason) == ("error", None)
     again = make_request([7] * 12, 1)
     engine.generate(again)

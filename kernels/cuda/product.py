@@ -96,9 +96,15 @@ def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array
     kind = kind_of(weight)
     device = jax.local_devices()[0].device_kind
     plan = Plan("library") if kind is None else tuned_plan(kind, weight, x.shape[0], device)
-    if plan.kernel == "hopper" and not hopper_narrow.supports(weight.values.shape[0], weight.inputs):
-        plan = Plan("triton", Tile(128, 128, 128, warps=8, stages=3))
+    if plan.kernel == "hopper" and not may_be_hoppers(plan.tile, weight, dtype):
+        plan = Plan("triton", Tile(64, 64, 128))
     return multiply(x, weight, dtype, plan)
+
+
+def may_be_hoppers(tile: Tile, weight: QuantizedTensor, dtype: jnp.dtype) -> bool:
+    """-> whether Hopper's kernel takes a product, whatever a file says: it writes numbers of 16 bits."""
+    fits = hopper_narrow.supports(weight.values.shape[0], weight.inputs, tile.rows)
+    return fits and jnp.dtype(dtype).itemsize == 2
 
 
 def on_hopper() -> bool:

@@ -21,6 +21,7 @@ from kernels.cuda.product import (
     Plan,
     default_plan,
     kind_of,
+    may_be_hoppers,
     multiply,
     plan_of,
     tuned_plan,
@@ -124,6 +125,13 @@ def test_default_plans_cut_products_into_whole_turns(kind, count):
         assert plan.kernel in KERNELS
         turn = 256 if kind == PACKED else plan.tile.depth  # two numbers in each byte of a run of 128
         assert plan.kernel == "library" or inputs % (turn * plan.tile.splits) == 0
+
+
+def test_hoppers_kernel_is_not_asked_for_float32():
+    weight = jax.eval_shape(lambda: random_weight("fp8, blocks", 1024, 1024))
+    assert not may_be_hoppers(Tile(64, 256, 128), weight, float32)
+    wide = may_be_hoppers(Tile(64, 256, 128), weight, jnp.dtype(jnp.bfloat16))
+    assert wide == hopper_narrow.supports(1024, 1024, 64)
 
 
 def test_a_tuned_plan_is_that_of_the_nearest_batch(tmp_path, monkeypatch):

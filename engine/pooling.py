@@ -32,7 +32,8 @@ from sharding.axes import Axes
 
 POOLINGS = ("last", "mean", "cls")
 MAX_ROWS = 8  # prompts in one call of the device
-PARTS = (*(field.name for field in dataclasses.fields(RaggedBatch)), "tokens", "positions", "row_of", "weights")
+ARRAYS = tuple(field.name for field in dataclasses.fields(RaggedBatch) if field.name != "runs")  # of a batch
+PARTS = (*ARRAYS, "tokens", "positions", "row_of", "weights")
 
 
 @dataclass
@@ -150,8 +151,7 @@ def _pooled(
     `part`: tokens, positions, row_of [T] i32 and weights [T] f32, and RaggedBatch's arrays under their names. Padding
     is of row `rows`, which is dropped.
     """
-    names = {field.name for field in dataclasses.fields(RaggedBatch)}
-    batch = RaggedBatch(**{name: array for name, array in part.items() if name in names})
+    batch = RaggedBatch(**{name: part[name] for name in ARRAYS})  # type: ignore[arg-type]
     hidden, kv_caches = forward(config, backend, params, kv_caches, part["tokens"], part["positions"], batch, axes)
     weights = part["weights"][:, None]
     counted = jnp.where(weights != 0, hidden.astype(jnp.float32) * weights, 0.0)

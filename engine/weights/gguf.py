@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 from engine.weights.gguf_blocks import BLOCK_TYPES, TYPE_NAMES, dequantize
-from engine.weights.gguf_packed import stored_blocks
 from engine.weights.stored import BlockTensor, OpenFile
 
 VOCABULARY_NAME = "tokenizer.gguf"  # what a converted model's folder calls the metadata alone
@@ -81,6 +80,8 @@ class GGUFFile:
 
     def stored(self, name: str) -> BlockTensor:
         """-> one tensor that is read, and dequantized, piece by piece. KeyError for an unknown name."""
+        from engine.weights.gguf_packed import stored_blocks  # which needs JAX: a tokenizer's reader does without
+
         tensor = self.tensors[name]
         self._file = self._file or OpenFile(self.path)
         return stored_blocks(

@@ -47,6 +47,7 @@ def model(request) -> tuple[Pooler, list[dict[str, Any]]]:
     runner: Any = SimpleNamespace(
         model=checkpoint.config, backend=backend, params=params, page_size=PAGE, state=state,
         layout=StepLayout(checkpoint.config, Mesh([[jax.devices()[0]]], ("stage", "model"))),
+        operations={}, dispatch=lambda name, *arrays: runner.operations[name](*arrays), fetch=np.asarray,
     )  # fmt: skip
     return Pooler(runner, PagePool(PAGES + 1, PAGE, True), RESOLVED), read_cases(request.param)
 

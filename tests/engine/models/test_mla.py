@@ -24,7 +24,7 @@ def test_absorbed_projections_give_what_written_out_heads_give(q_rank):
         "kv_a_norm": draw(spec.kv_rank),
         "k_b": draw(HEADS, spec.nope_dim, spec.kv_rank) / 3,
         "v_b": draw(HEADS, spec.kv_rank, spec.value_dim) / 3,
-        "out": draw(HEADS, spec.value_dim, HIDDEN) / 4,
+        "out": draw(HEADS, 1, spec.value_dim, HIDDEN) / 4,
     }
     if q_rank is None:
         p["q"] = draw(HIDDEN, HEADS, width) / 5
@@ -57,7 +57,7 @@ def test_absorbed_projections_give_what_written_out_heads_give(q_rank):
     )
     plain_q = np.concatenate([plain_q[..., : spec.nope_dim], rotate(plain_q[..., spec.nope_dim :])], axis=-1)
     plain_v = np.einsum("tr,hrv->thv", latent, p["v_b"])
-    plain_out = np.einsum("hqk,khv,hvd->qd", weights, plain_v, p["out"])
+    plain_out = np.einsum("hqk,khv,hvd->qd", weights, plain_v, p["out"][:, 0])
 
     scores = np.einsum("qohr,kor->hqk", np.asarray(q), np.asarray(k))
     np.testing.assert_allclose(scores, np.einsum("qhw,khw->hqk", plain_q, plain_k), rtol=1e-4, atol=1e-4)

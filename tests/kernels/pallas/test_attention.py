@@ -64,7 +64,7 @@ def test_kernel_agrees_with_the_reference(case: Case, dtype: str):
     agree(case, dtype)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_options_together(data):
     """Options that have a case of their own above, in any combination, for rows of any lengths."""

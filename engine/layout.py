@@ -14,12 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.kv_scales import abstract_scales
 from engine.models.config import ModelConfig
-from engine.models.narrow import Plan, abstract_narrow
+from engine.models.narrow import Plan
+from engine.models.narrow_placement import abstract_narrow
 from engine.models.params import Params
 from engine.models.pipeline import micro_batches
-from engine.models.placement import abstract, on_all, on_mesh, stage_layers
+from engine.models.placement import on_all, on_mesh, stage_layers
 from engine.models.transformer import attention_spec
 from engine.slots import empty_tables
+from engine.speculation import draft_model
 from engine.speculation.checkpoint import abstract_draft
 from engine.speculation.drafter import Drafter
 from engine.speculation.step import speculating_step
@@ -47,11 +49,10 @@ class StepLayout:
         scaled: bool = False,
         drafter: Drafter | None = None,
     ):
-        """`plan`: which parameters are stored in few bits, and `scaled`: whether layers have scales of keys and values;
-        both on a mesh of one device. `drafter`: who speculates, if any. Errors: ValueError for a mesh that cannot hold
-        the model."""
+        """`plan`: which parameters are stored in few bits, and `scaled`: whether layers have scales of keys and values.
+        `drafter`: who speculates, if any; what it has of its own is whole on every device. Errors: ValueError for a
+        mesh that cannot hold the model."""
         draft = drafter and drafter.model
-        assert mesh.size == 1 or not (plan or scaled or draft)
         self.plan, self.scaled, self.drafter = plan, scaled, drafter
         self.draft_specs = [attention_spec(draft, i) for i in range(len(draft.layers))] if draft else []
         self.model, self.mesh, self.axes = model, mesh, axes_of(mesh)
@@ -61,18 +62,17 @@ class StepLayout:
         self.of_all = on_all(mesh)
         self.of_each = NamedSharding(mesh, EACH) if mesh.size > 1 else self.of_all
         # In the form that shard_map takes.
-        self.param_specs = jax.tree.map(
-            lambda a: a.sharding.spec if mesh.size > 1 else ALL, abstract(self.placed, "int8")
-        )
+        self.param_specs = jax.tree.map(lambda a: a.sharding.spec if mesh.size > 1 else ALL, self.params("float32"))
+        self.state_specs: Any = DeviceState(EACH, ALL, ALL, ALL, ALL, ALL)  # type: ignore[arg-type]
         self._platform = mesh.devices.flat[0].platform
 
     def params(self, dtype: str) -> Params:
         """-> shapes, dtypes and shardings of the parameters."""
-        params = abstract_narrow(self.model, dtype, self.plan) if self.plan else abstract(self.placed, dtype)
+        params = abstract_narrow(self.placed, dtype, self.plan)
         if self.scaled:
-            params = abstract_scales(self.model, params)
+            params = abstract_scales(self.model, params, self.mesh)
         if self.drafter and self.drafter.model is not None:
-            params = params | {"draft": abstract_draft(self.drafter, dtype)}
+            params = params | {"draft": _on(self.of_all, abstract_draft(self.drafter, dtype))}
         return params
 
     def state(
@@ -107,8 +107,17 @@ class StepLayout:
         if shape.drafts:
             assert self.drafter is not None
             one = partial(speculating_step, self.drafter, self.model, backend, page_size, shape, axes=axes)
-        own: Any = DeviceState(EACH, ALL, ALL, ALL if self.drafter else None)  # type: ignore[arg-type]
+        own = self.state_specs
         return self.spread(one, (self.param_specs, own, ALL), (own, ALL))(params, state, flat)
+
+    def fill(
+        self, backend: Backend, page_size: int, shape: StepShape, params: Params, state: DeviceState, flat: Array
+    ) -> DeviceState:
+        """As `draft_model.fill`, on every device of the mesh."""
+        assert self.drafter is not None and self.drafter.model is not None
+        one = partial(draft_model.fill, self.drafter.model, backend, page_size, shape)
+        own = self.state_specs
+        return self.spread(one, (self.param_specs, own, ALL), own)(params, state, flat)
 
     def spread(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
         """-> the function as every device of the mesh computes it on its own parts of what `inputs` splits."""

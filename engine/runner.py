@@ -35,7 +35,6 @@ from engine.models.params import Params
 from engine.request import Request
 from engine.scheduler import Row, StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
-from engine.speculation import draft_model
 from engine.speculation.drafter import Drafter
 from engine.step import DeviceState, StepOutput, write_page_table, write_slot
 from engine.step_input import (
@@ -237,9 +236,9 @@ class Runner:
         rows = ints(TABLE_ROWS, table.shape[1])
         write_pages = compiled(write_page_table, of_all, table, ints(TABLE_ROWS), rows)
         write_row = compiled(write_slot, of_all, tables, ints(), slot)
-        copy = self.layout.spread(copy_pages, (EACH, ALL, ALL), EACH)
+        copy = self.layout.spread(copy_pages, ((EACH, ALL), ALL, ALL), (EACH, ALL))
         both = self.state.kv_caches, self.state.draft_caches
-        copy = compiled(copy, self.layout.of_each, both, ints(COPIES), ints(COPIES))
+        copy = compiled(copy, (self.layout.of_each, of_all), both, ints(COPIES), ints(COPIES))
 
         def run_step(shape: np.ndarray, flat: np.ndarray) -> StepOutput:
             rows, tokens, plain, drafts, follows = shape.tolist()
@@ -268,13 +267,13 @@ class Runner:
         """Compile what shows the draft model tokens that it has not seen, for a few rows at a time."""
         assert self.drafter is not None and self.drafter.model is not None
         most = max(shape.tokens for shape in self.shapes if not shape.drafts)
-        rows, model = min(FILLED_ROWS, self.builder.num_slots), self.drafter.model
+        rows = min(FILLED_ROWS, self.builder.num_slots)
         shapes = [StepShape(rows, n, plain=True, follows=True) for n in sorted({min(64, most), most}) if n > rows]
-        fill = jax.jit(draft_model.fill, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+        fill = jax.jit(StepLayout.fill, static_argnums=(0, 1, 2, 3), donate_argnums=5)
         backend, params = self.backend.lesser or self.backend, self.layout.params(self._dtype)
 
         def compiled(shape: StepShape) -> Any:
-            arguments = model, backend, self.page_size, shape, params, self.state, self.layout.flat(shape)
+            arguments = self.layout, backend, self.page_size, shape, params, self.state, self.layout.flat(shape)
             name = f"fill-{shape.rows}x{shape.tokens}-{self.num_pages}-pages"
             return self._cache.get(name, lambda: fill.lower(*arguments).compile())
 

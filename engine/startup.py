@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,8 +22,10 @@ from engine.hosts.join import Peers, follow, identity, joined
 from engine.kv_scales import wanted, with_scales
 from engine.memory import limit_gpu_pool, ram_bytes
 from engine.models.config import ModelConfig
-from engine.models.narrow import abstract_narrow, describe, random_narrow
+from engine.models.narrow import describe
+from engine.models.narrow_placement import abstract_narrow, random_narrow
 from engine.models.params import Params
+from engine.models.placement import on_all, whole
 from engine.replicas import Engine, Replicas
 from engine.runner import Runner
 from engine.speculation.checkpoint import open_draft
@@ -30,7 +33,7 @@ from engine.speculative_config import read_speculative_config
 from engine.tokenizer_files import load_tokenizer
 from engine.weights.hub import locate
 from engine.weights.load import Checkpoint, load_params, open_checkpoint, quantization_of, read_config
-from engine.weights.quantization import EXPAND, Quantization, choose_quantization
+from engine.weights.quantization import Quantization, choose_quantization
 from sharding.mesh import replica_meshes
 from sharding.topology import choose, read_topology
 
@@ -87,17 +90,9 @@ def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], No
         return quantization_of(checkpoint, setting, platform, resolved.dtype)
 
     sizes = _parallel_sizes(config, model, resolved.dtype, report)
-    alone = math.prod(sizes) == 1
-    if config.quantization not in (None, EXPAND) and not alone:
-        raise ValueError(f"quantization: {config.quantization!r} is for one device so far, and this mesh is {sizes}")
-    quantization = store(config.quantization if alone else EXPAND)
-
+    quantization = store(config.quantization)
     kv_scales = checkpoint.kv_scales if isinstance(checkpoint, Checkpoint) and not dummy else {}
     scaled = wanted(model, resolved.kv_cache_dtype, kv_scales)
-    if scaled and not alone:
-        raise ValueError(
-            f"kv_cache_dtype: {resolved.kv_cache_dtype} with scales is for one device so far, and this mesh is {sizes}"
-        )
     drafter = draft = None
     if config.speculative_config is not None:
         if peers is not None:
@@ -105,27 +100,25 @@ def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], No
         spec = read_speculative_config(config.speculative_config)
         draft = open_draft(spec, model, checkpoint, dummy=dummy)
         drafter = draft.drafter
-        if draft.load is not None and not alone:
-            problem = f"method {spec.method!r} is for one device so far, and this mesh is {sizes}"
-            raise ValueError(f"speculative_config: {problem}; ngram and suffix run on any")
 
-    def load(placed: Params) -> Params:
+    def load(mesh: Mesh, placed: Params) -> Params:
         began = time.perf_counter()
         if checkpoint is None or dummy:
             params = random_narrow(model, resolved.dtype, config.seed, placed, quantization.plan)
         else:
             params = load_params(checkpoint, resolved.dtype, placed, quantization)
         if scaled:
-            params = with_scales(model, resolved.dtype, params, kv_scales, config.seed)
+            params = with_scales(model, resolved.dtype, params, kv_scales, config.seed, mesh)
             report(f"KV cache: scales of each head {'from the checkpoint' if kv_scales else 'measured'}")
         if draft is not None and draft.load is not None:
-            params = params | {"draft": draft.load(resolved.dtype, config.seed)}
+            params = params | {"draft": jax.device_put(draft.load(resolved.dtype, config.seed), on_all(mesh))}
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         report(f"weights: quantization {quantization.name}: {describe(params)}")
         return params
 
     def engine(mesh: Mesh) -> EngineCore:
-        runner = Runner(config, resolved, model, mesh, load, report, cache, peers, quantization.plan, scaled, drafter)
+        own = partial(load, mesh)
+        runner = Runner(config, resolved, model, mesh, own, report, cache, peers, quantization.plan, scaled, drafter)
         return EngineCore(config, resolved, model, tokenizer, runner)
 
     cores = [engine(mesh) for mesh in replica_meshes(jax.devices(), *sizes)]
@@ -140,7 +133,7 @@ def _parallel_sizes(
         return config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size
     devices, local = jax.devices(), jax.local_devices()[0]
     memory = (local.memory_stats() or {}).get("bytes_limit") or ram_bytes() // len(jax.local_devices())
-    leaves = jax.tree.leaves(abstract_narrow(model, dtype, {}))
+    leaves = jax.tree.leaves(abstract_narrow(whole(model), dtype, {}))
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     chosen = choose(
         read_topology(devices), weights, memory, model.num_kv_heads, len(model.layers), config.num_processes or 1

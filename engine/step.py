@@ -99,10 +99,10 @@ def step(
 
     if drafter and drafter.has_head:
         with jax.named_scope("draft"):
-            seen = heads.features(drafter, params, hidden, tapped)
+            seen = heads.features(drafter, params, hidden, tapped, axes)
             following = history.at[part["token_slots"], positions + 1].get(mode="fill", fill_value=0)
             out_of_head, draft_caches = heads.advance(
-                drafter, config, backend, params, state.draft_caches, seen, following, positions, batch
+                drafter, config, backend, params, state.draft_caches, seen, following, positions, batch, axes
             )
             assert state.head_outputs is not None
             outputs = state.head_outputs.at[slots].set(out_of_head[part["sample_at"]], mode="drop")

@@ -44,9 +44,13 @@ class Axis:
         """-> x of the device before this one; zeros on the first."""
         return lax.ppermute(x, self.names, [(i, i + 1) for i in range(self.size - 1)]) if self.size > 1 else x
 
+    def only(self, x: Array, place: int) -> Array:
+        """-> x of the device at this place, on each."""
+        return self.sum(jnp.where(self.index() == place, x, jnp.zeros_like(x))) if self.size > 1 else x
+
     def last(self, x: Array) -> Array:
         """-> the last device's x, on each."""
-        return self.sum(jnp.where(self.index() == self.size - 1, x, jnp.zeros_like(x))) if self.size > 1 else x
+        return self.only(x, self.size - 1)
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from engine.models.config import ModelConfig
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
-from engine.models.placement import Path, Placed
-from engine.models.relay import random_params
+from engine.models.placement import Path
 from kernels.product import how_multiplied
-from kernels.quantized import SPLIT, SUPER, Joined, Layout, QuantizedTensor, quantize
+from kernels.quantized import SPLIT, SUPER, Layout, QuantizedTensor
 
 # The parameters that are weights of products, and which of their axes those sum over. The router is not among them: its
 # choice must not hang on rounding; nor are the two halves of latent attention's kv_b, which meet queries and values.
@@ -100,70 +97,23 @@ def array_shape(name: str, outputs: tuple[int, ...], inputs: int, layout: Layout
     return (*outputs[:-1], last, width(name, inputs, layout))
 
 
-def abstract_narrow(config: ModelConfig, dtype: str, plan: Plan) -> Params:
-    """As `placement.abstract`, for a model of which `plan` says what is stored in few bits."""
-
-    def stored(path: Path, shape: tuple[int, ...], storage: Storage) -> QuantizedTensor:
-        outputs, inputs = outputs_of(path[-1], shape)
-        arrays: dict[str, Any] = {
-            name: jax.ShapeDtypeStruct(array_shape(name, outputs, inputs, storage.layout), kind)
-            for name, kind in storage.arrays
-        }
-        return QuantizedTensor(storage.layout, **arrays)
-
-    def one(path: Path, spec: ParamSpec) -> Any:
-        how = plan.get(path)
-        if how is None:
-            return jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype)
-        if isinstance(how, Storage):
-            return stored(path, spec.shape, how)
-        pieces = []
-        for first, end, storage in how.pieces:
-            shape = (*spec.shape[: how.axis], end - first, *spec.shape[how.axis + 1 :])
-            plain = jax.ShapeDtypeStruct(shape, spec.dtype or dtype)
-            pieces.append(stored(path, shape, storage) if storage else plain)
-        return joined(path, how, pieces)
-
-    return map_specs(one, param_specs(config))
-
-
-def random_narrow(config: ModelConfig, dtype: str, seed: int, placed: Params, plan: Plan) -> Params:
-    """As `relay.random_params`, quantized one by one as `plan`, which has no splits, says."""
-
-    def keep(placed: Placed, wide: jax.Array) -> Any:
-        (path,) = placed.sources if len(placed.sources) == 1 else (None,)
-        how = plan.get(path) if path is not None else None
-        return narrowed(wide, INPUTS[path[-1]], how.layout) if path and isinstance(how, Storage) else wide
-
-    return random_params(config, dtype, seed, placed, keep)
-
-
-def joined(path: Path, how: Split, pieces: list[Any]) -> Joined:
-    """-> a parameter's pieces as one weight."""
-    axis = how.axis - sum(i < how.axis for i in INPUTS[path[-1]])
-    return Joined(axis, tuple(pieces))
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def narrowed(weight: jax.Array, inputs: tuple[int, ...], layout: Layout) -> QuantizedTensor:
-    """A parameter as the model sees it, whose `inputs` are summed over -> the same, quantized."""
-    outputs = [i for i in range(weight.ndim) if i not in inputs]
-    ordered = weight.transpose(*outputs, *inputs)
-    return quantize(ordered.reshape(*(weight.shape[i] for i in outputs), -1), layout)
-
-
 def describe(params: Params) -> str:
     """-> what the weights of a tree of parameters are stored as, how they are multiplied here, and their sizes."""
     kinds: dict[str, int] = {}
     platform = jax.default_backend()
     for leaf in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QuantizedTensor)):
         if isinstance(leaf, QuantizedTensor):
-            kind = f"{layout_name(leaf.layout)}, {how_multiplied(leaf, platform)}:"
+            kind = f"{layout_name(leaf.layout)}, {how_multiplied(jax.tree.map(_own, leaf), platform)}:"
         else:
             kind = str(jnp.dtype(leaf.dtype))
         kinds[kind] = kinds.get(kind, 0) + sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf))
     largest = sorted(kinds.items(), key=lambda item: -item[1])
     return ", ".join(f"{kind} {count / 2**20:.0f} MiB" for kind, count in largest)
+
+
+def _own(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """-> the shape of what one device has of it."""
+    return jax.ShapeDtypeStruct(array.sharding.shard_shape(array.shape), array.dtype)
 
 
 def layout_name(layout: Layout) -> str:

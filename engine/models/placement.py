@@ -183,8 +183,3 @@ def _stack(
 
 def map_placed(function: Callable[[Placed], Any], tree: Params) -> Params:
     return jax.tree.map(function, tree, is_leaf=lambda node: isinstance(node, Placed))
-
-
-def abstract(tree: Params, dtype: str) -> Params:
-    """-> shapes, dtypes and shardings of parameters that are still to come, as ShapeDtypeStructs."""
-    return map_placed(lambda p: jax.ShapeDtypeStruct(p.shape, p.spec.dtype or dtype, sharding=p.sharding), tree)

@@ -69,7 +69,7 @@ def forward_with_taps(
     axes: Axes = ALONE,
 ) -> tuple[Array, list[Any], list[Array]]:
     """As `forward`, and the hidden states [T, D] that go into layers `taps`; len(config.layers): out of the last.
-    Those there are on one device alone.
+    Those are on every device.
 
     On a mesh this is what each device computes of its own part, inside `jax.shard_map`; the hidden states are right on
     the last stage alone. A stage has a cache for each place of its layers (`placement.stage_layers`).
@@ -81,35 +81,50 @@ def forward_with_taps(
     specs = dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None)
     with jax.named_scope("rope"):
         ropes: Ropes = {spec: rope_tables(spec, positions, config.max_model_len) for spec in specs}
-    states: list[Array] = []
-    run = partial(_stage, config, backend, params["layers"], axes, states)
+    run = partial(_stage, config, backend, params["layers"], axes)
     if axes.stage.size == 1:
-        x, caches = run(x, kv_caches, ropes, batch)
+        x, caches, states = run(x, kv_caches, ropes, batch)
+        tapped = [states[tap] for tap in taps]
     else:
         count = axes.micro_batches
         parts, size = cut(batch, count)
         per_token = jax.tree.map(lambda a: cut_tokens(a, count, size), (x, ropes))
+        places = [_place_of(config, tap, axes.stage.size) for tap in taps]
 
-        def one(x: Array, m: Array, is_real: Array, caches: list[Any]) -> tuple[Array, list[Any]]:
+        def one(x: Array, m: Array, is_real: Array, carry: tuple[list[Any], list[Array]]) -> tuple[Array, Any]:
+            caches, tapped = carry
             own_ropes, own_batch = jax.tree.map(lambda a: a[m], (per_token[1], parts))
-            return run(x, caches, own_ropes, nothing(own_batch, is_real))
+            x, caches, states = run(x, caches, own_ropes, nothing(own_batch, is_real))
+            at = jnp.where(is_real, m, count)
+            own = [t.at[at].set(states[place], mode="drop") for t, (_, place) in zip(tapped, places, strict=True)]
+            return x, (caches, own)
 
-        x, caches = rotate(one, per_token[0], kv_caches, axes.stage)
-        x = x[:, : tokens.shape[0] // count].reshape(-1, x.shape[-1])
+        uncut = lambda x: x[:, : tokens.shape[0] // count].reshape(-1, x.shape[-1])
+        x, (caches, tapped) = rotate(
+            one, per_token[0], (kv_caches, [jnp.zeros_like(per_token[0])] * len(taps)), axes.stage
+        )
+        x = uncut(x)
+        tapped = [axes.stage.only(uncut(t), stage) for t, (stage, _) in zip(tapped, places, strict=True)]
     with jax.named_scope("final_norm"):
         hidden = rms_norm(x, params["final_norm"], config.norm_eps)
-    return hidden, caches, [[*states, x][tap] for tap in taps]
+    return hidden, caches, tapped
+
+
+def _place_of(config: ModelConfig, tap: int, stages: int) -> tuple[int, int]:
+    """-> the stage, and the place in it, that a layer is at; for what is behind the last, the end of the last stage."""
+    places = stage_layers(config.layers, stages)
+    if tap == len(config.layers):
+        return stages - 1, len(places)
+    return next((place.index(tap), i) for i, place in enumerate(places) if tap in place)
 
 
 def _stage(
-    config: ModelConfig, backend: Backend, layers: list[Params], axes: Axes, states: list[Array],
+    config: ModelConfig, backend: Backend, layers: list[Params], axes: Axes,
     x: Array, kv_caches: list[Any], ropes: Ropes, batch: RaggedBatch,
-) -> tuple[Array, list[Any]]:  # fmt: skip
-    """All layers of this device's stage, of which `layers` are the parameters. x [T, D] -> [T, D], new caches.
-
-    `states` gets what goes into each of them.
-    """
-    stages, caches = axes.stage.size, []
+) -> tuple[Array, list[Any], list[Array]]:  # fmt: skip
+    """All layers of this device's stage, of which `layers` are the parameters. x [T, D] -> [T, D], new caches, and what
+    went into each layer and came out of the last."""
+    stages, caches, states = axes.stage.size, [], [x]
     for place, p, cache in zip(stage_layers(config.layers, stages), layers, kv_caches, strict=True):
         if stages > 1:
             p = jax.tree.map(lambda a: a[0], p)
@@ -121,10 +136,10 @@ def _stage(
             of_stage = [order.index(config.layers[i]) if i is not None else 0 for i in place]
             which = jnp.array(of_stage, jnp.int32)[axes.stage.index()]
         own = tuple(ropes[kind.rope] if kind.rope is not None else None for kind in order)
-        states.append(x)
         x, cache = decoder_layer(config, tuple(kinds.items()), backend, axes, p, cache, x, own, batch, which)
         caches.append(cache)
-    return x, caches
+        states.append(x)
+    return x, caches, states
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced and lowered once for all layers that are alike; XLA inlines it

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.models.config import ModelConfig
 from engine.models.fields import Fields
-from engine.models.narrow import abstract_narrow, random_narrow
+from engine.models.narrow_placement import abstract_narrow, random_narrow
 from engine.models.params import Params, ParamSpec
 from engine.models.placement import whole
 from engine.models.read import from_hugging_face
@@ -54,7 +54,7 @@ def abstract_draft(drafter: Drafter, dtype: str) -> Params:
     """-> shapes and dtypes of the parameters that draft."""
     assert drafter.model is not None
     own = {name: jax.ShapeDtypeStruct(s.shape, s.dtype or dtype) for name, s in _head_specs(drafter).items()}
-    return abstract_narrow(drafter.model, dtype, {}) | own
+    return abstract_narrow(whole(drafter.model), dtype, {}) | own
 
 
 def _head_specs(drafter: Drafter) -> dict[str, ParamSpec]:

@@ -24,14 +24,17 @@ from engine.sampler import SlotTables
 from engine.speculation.drafter import Drafter
 from engine.speculation.rows import Rows
 from kernels.attention import Backend, RaggedBatch
-from sharding.axes import ALONE
+from sharding.axes import ALONE, Axes
 
 Choose = Callable[[Array, Array, SlotTables], Array]  # logits [R, V], positions [R], tables -> tokens i32[R]
 
 
-def features(drafter: Drafter, params: Params, hidden: Array, taps: Sequence[Array]) -> Array:
-    """-> what a head reads of the model: hidden [T, D] behind the final norm, and taps [T, D] each -> [T, D]."""
-    return project(jnp.concatenate(taps, axis=-1), params["draft"]["fc"]) if drafter.taps else hidden
+def features(drafter: Drafter, params: Params, hidden: Array, taps: Sequence[Array], axes: Axes) -> Array:
+    """-> what a head reads of the model: hidden [T, D] behind the final norm, which the last stage has, and taps [T, D]
+    each -> [T, D], on every device."""
+    if drafter.taps:
+        return project(jnp.concatenate(taps, axis=-1), params["draft"]["fc"])
+    return axes.stage.last(hidden)
 
 
 def advance(
@@ -44,11 +47,15 @@ def advance(
     next_tokens: Array,
     positions: Array,
     batch: RaggedBatch,
+    axes: Axes,
 ) -> tuple[Array, list[Any]]:
-    """seen [T, D] at positions [T], and the tokens behind them i32[T] -> the head's output [T, D], new caches."""
+    """seen [T, D] at positions [T], and the tokens behind them i32[T] -> the head's output [T, D], new caches.
+
+    Of a mesh every device computes the whole head; the model's embedding is what they share.
+    """
     config, p = drafter.model, params["draft"]
     assert config is not None
-    token = embed(params["embed"], next_tokens)
+    token = embed(params["embed"], next_tokens, axes)
     token = token * jnp.asarray(target.embedding_scale, token.dtype)
     weights, spec, layer = p["layers"][0], attention_spec(config, 0), config.layers[0]
     norm = lambda x, weight: rms_norm(x, weight, config.norm_eps)
@@ -77,6 +84,7 @@ def propose(
     count: int,
     tables: SlotTables,
     choose: Choose,
+    axes: Axes,
 ) -> tuple[SlotTables, list[Any]]:
     """-> the tables with `count` tokens drafted behind each row's end, and the new caches.
 
@@ -89,7 +97,7 @@ def propose(
         if step + 1 < count:
             _, positions, batch = rows.spread(row, jnp.full_like(row, step), tables.tokens, page_size)
             token = jnp.maximum(token, 0)
-            last, caches = advance(drafter, target, backend, params, caches, last, token, positions, batch)
+            last, caches = advance(drafter, target, backend, params, caches, last, token, positions, batch, axes)
     return tables, caches
 
 

@@ -73,7 +73,7 @@ def speculating_step(
             assert state.head_outputs is not None
             last = state.head_outputs.at[slots].get(mode="clip")
             tables, caches = heads.propose(
-                drafter, config, backend, page_size, params, caches, rows, last, shape.drafts, tables, choose
+                drafter, config, backend, page_size, params, caches, rows, last, shape.drafts, tables, choose, axes
             )
         else:
             count = part["num_given"]
@@ -82,6 +82,9 @@ def speculating_step(
         count = jnp.where(ended, 0, jnp.clip(count, 0, jnp.minimum(asked, part["limits"] - lengths)))
         columns = lengths[:, None] + jnp.arange(shape.drafts, dtype=jnp.int32)[None]
         drafts = tables.tokens.at[slots[:, None], columns].get(mode="fill", fill_value=0)
+        if drafter.model is not None and axes.whole.size > 1:  # each device has drafted; all must verify the same
+            drafts = axes.whole.last(drafts)
+            tables = replace(tables, tokens=rows.write(tables.tokens, 0, drafts))
 
     row = jnp.minimum(part["row_of"], shape.rows - 1)
     behind = jnp.arange(shape.tokens, dtype=jnp.int32) - part["cu_q_lens"][row]
@@ -113,10 +116,10 @@ def speculating_step(
     outputs = state.head_outputs
     if outputs is not None:
         with jax.named_scope("draft"):
-            seen = heads.features(drafter, params, hidden, tapped)
+            seen = heads.features(drafter, params, hidden, tapped, axes)
             following = tables.tokens.at[slots[row], positions + 1].get(mode="fill", fill_value=0)
             out_of_head, caches = heads.advance(
-                drafter, config, backend, params, caches, seen, following, positions, batch
+                drafter, config, backend, params, caches, seen, following, positions, batch, axes
             )
             last = jnp.minimum(part["cu_q_lens"][:-1] + run - 1, shape.tokens - 1)
             outputs = outputs.at[slots].set(out_of_head[last], mode="drop")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -16,18 +16,9 @@ import numpy as np
 
 from engine.models.config import ModelConfig
 from engine.models.families import Family
-from engine.models.narrow import (
-    INPUTS,
-    Path,
-    Plan,
-    Storage,
-    array_shape,
-    joined,
-    narrowed,
-    outputs_of,
-)
-from engine.models.params import Params, ParamSpec, map_specs, param_specs
-from engine.models.placement import Placed, map_placed, whole
+from engine.models.narrow_placement import Narrow, Pieces, PlacedArray, map_stored, narrowed, stored_as
+from engine.models.params import Params
+from engine.models.placement import Path, Placed, whole
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
 from engine.weights.gguf import open_gguf
@@ -49,6 +40,7 @@ from engine.weights.stream import Streamer
 from kernels.quantized import QuantizedTensor
 
 WIDE = Quantization()
+PartsOf = Callable[[Path], Sequence[Part]]  # a parameter's path -> what it is made of
 
 
 @dataclass(frozen=True)
@@ -121,103 +113,79 @@ def load_params(
     Only what this host's devices hold is read: with `placed`, a tree of `placement.Placed`, the shards of each array
     that are addressable here; without it, everything, for the default device. Beside the parameters themselves, which
     on an accelerator are not in the host's memory, that holds no more than twice the largest tensor, or one parameter
-    if that is more; where shards are made of several boxes of parameters, twice that. Quantized parameters are for one
-    device, the default one.
+    if that is more; where shards are made of several boxes of parameters, twice that.
 
-    Errors: ValueError that names missing, surplus or misshapen tensors, or a file that cannot be read.
+    Errors: ValueError that names missing, surplus or misshapen tensors, or a file that cannot be read; as stored_as.
     """
     placed = whole(checkpoint.config) if placed is None else placed
-    plan = quantization.plan
+    stored = stored_as(placed, quantization.plan)
     if isinstance(checkpoint, OrbaxCheckpoint):
-        wide = restore(checkpoint, dtype, placed)
-        return map_specs(partial(_narrow_in_place, wide, plan), param_specs(checkpoint.config)) if plan else wide
+        return _narrow_in_place(restore(checkpoint, dtype, placed), stored)
     made = recipes(checkpoint.config, checkpoint.family, checkpoint.style)
     tensors = checkpoint.tensors
     check_tensors(checkpoint.source, checkpoint.config, made, {name: t.shape for name, t in tensors.items()})
     for name in {part.tensor for recipe in made for part in recipe.parts}:
         if not jnp.issubdtype(tensors[name].dtype, jnp.floating):
             raise ValueError(f"{checkpoint.source}: {name} is of {tensors[name].dtype}, which is no type of weights")
-    by_path = {recipe.path: recipe for recipe in made}
+    parts_by_path = {recipe.path: recipe.parts for recipe in made}
     largest = max(math.prod(tensor.shape) for tensor in tensors.values()) * jnp.dtype(dtype).itemsize
     arrivals = Arrivals(2 * largest)
     readable = lambda part: _readable(tensors[part.tensor])
 
     with Streamer() as streamer:
 
-        def spread(placed: Placed) -> jax.Array:
+        def wide(placed: Placed, parts_of: PartsOf) -> jax.Array:
             def fill(shards: Sequence[Shard]) -> None:
                 boxes = [box for shard in shards for box in _boxes(placed, shard)]
-                made = [(part, place(part, *box.memory)) for box in boxes for part in by_path[box.path].parts]
+                made = [(part, place(part, *box.memory)) for box in boxes for part in parts_of(box.path)]
                 streamer.fill([(readable(part), placement) for part, placement in made if placement])
                 for box in boxes:
                     box.settle()
 
             return arrivals.make(placed.shape, placed.spec.dtype or dtype, placed.sharding, fill)
 
-        def plain(parts: Sequence[Part], shape: tuple[int, ...], kind: str) -> jax.Array:
-            def fill(shards: Sequence[Shard]) -> None:
-                made = [(part, place(part, *shard)) for part in parts for shard in shards]
-                streamer.fill([(readable(part), placement) for part, placement in made if placement])
+        def packed(node: Narrow, parts_of: PartsOf) -> QuantizedTensor:
+            layout, arrays = node.storage.layout, {}
+            names = {part.tensor for path in node.wide.sources if path is not None for part in parts_of(path)}
+            stored = {name: tensors[name].arrays(layout) for name in names}  # type: ignore[attr-defined]
+            for array in node.arrays:
 
-            return arrivals.make(shape, kind, None, fill)
-
-        def packed(parts: Sequence[Part], name: str, shape: tuple[int, ...], storage: Storage) -> QuantizedTensor:
-            outputs, inputs = outputs_of(name, shape)
-            layout, arrays = storage.layout, {}
-            stored = {part.tensor: tensors[part.tensor].arrays(storage.layout) for part in parts}  # type: ignore[attr-defined]
-            for array, kind in storage.arrays:
-                whole = array_shape(array, outputs, inputs, layout)
-                merged = layout.rows if array == "scales" else 1
-
-                def fill(shards: Sequence[Shard], array: str = array, merged: int = merged) -> None:
-                    (shard,) = shards
-                    target = shard.array
-                    if merged > 1:  # by output first: parts' blocks of scales may end anywhere
-                        *leading, last, width = target.shape
-                        target = np.empty((*leading, last * merged, width), target.dtype)
+                def fill(shards: Sequence[Shard], array: PlacedArray = array) -> None:
+                    boxes = [box for shard in shards for box in _boxes(array, shard, array.rows)]
                     placed = [
-                        (part, place(narrow_part(part, name, target.shape[-1]), target, [0] * target.ndim))
-                        for part in parts
+                        (part, place(narrow_part(part, node.parameter, array.source_width), *box.memory))
+                        for box in boxes
+                        for part in parts_of(box.path)
                     ]
-                    streamer.fill([(stored[part.tensor][array], at) for part, at in placed if at])
-                    if merged > 1:
-                        shard.array[...] = merge_rows(target, merged, f"{checkpoint.source}: {parts[0].tensor}")
+                    streamer.fill([(stored[part.tensor][array.name], at) for part, at in placed if at])
+                    for box in boxes:
+                        box.settle(f"{checkpoint.source}: {parts_of(box.path)[0].tensor}")
 
-                arrays[array] = arrivals.make(whole, kind, None, fill)
+                arrays[array.name] = arrivals.make(array.shape, array.dtype, array.sharding, fill)
             return QuantizedTensor(layout, **arrays)
 
-        def one(placed: Placed) -> Any:
-            path = placed.sources[0]
-            how = plan.get(path) if path is not None else None
-            if path is None or how is None:
-                return spread(placed)
-            assert placed.is_plain and placed.sharding is None
-            if quantization.online and isinstance(how, Storage):
-                return narrowed(spread(placed), INPUTS[path[-1]], how.layout)
-            parts, spec = by_path[path].parts, placed.spec
-            if isinstance(how, Storage):
-                return packed(parts, path[-1], spec.shape, how)
-            pieces = []
-            for i, (first, end, storage) in enumerate(how.pieces):
-                shape = (*spec.shape[: how.axis], end - first, *spec.shape[how.axis + 1 :])
-                own = parts_of_piece(parts, how, i)
-                pieces.append(
-                    packed(own, path[-1], shape, storage) if storage else plain(own, shape, spec.dtype or dtype)
-                )
-            return joined(path, how, pieces)
+        def one(node: Placed | Narrow | Pieces, parts_of: PartsOf = parts_by_path.__getitem__) -> Any:
+            if isinstance(node, Placed):
+                return wide(node, parts_of)
+            if isinstance(node, Narrow):
+                return narrowed(wide(node.wide, parts_of), node) if quantization.online else packed(node, parts_of)
+            own = lambda i: lambda path: parts_of_piece(parts_of(path), node.how, i)
+            return node.joined([one(piece, own(i)) for i, piece in enumerate(node.pieces)])
 
-        return map_placed(one, placed)
+        return map_stored(one, stored)
 
 
-def _narrow_in_place(wide: Params, plan: Plan, path: Path, spec: ParamSpec) -> Any:
-    """-> one parameter, quantized if the plan says so; `wide` lets go of it."""
-    *way, name = path
-    holder = reduce(lambda node, key: node[key], way, wide)
-    storage = plan.get(path)
-    if storage is None:
-        return holder[name]
-    assert isinstance(storage, Storage)
-    return narrowed(holder.pop(name), INPUTS[name], storage.layout)
+def _narrow_in_place(wide: Params, stored: Params) -> Params:
+    """-> the parameters, quantized one by one as `stored` says; `wide` lets go of them."""
+
+    def one(keys: tuple[Any, ...], node: Placed | Narrow | Pieces) -> Any:
+        *way, name = (getattr(key, "key", getattr(key, "idx", "")) for key in keys)
+        holder = reduce(lambda tree, key: tree[key], way, wide)
+        assert not isinstance(node, Pieces)
+        return narrowed(holder.pop(name), node) if isinstance(node, Narrow) else holder[name]
+
+    is_leaf = lambda node: isinstance(node, (Placed, Narrow, Pieces))
+    return jax.tree_util.tree_map_with_path(one, stored, is_leaf=is_leaf)
 
 
 def quantization_of(
@@ -238,26 +206,35 @@ def _readable(tensor: StoredTensor) -> StoredTensor:
 
 
 class _Box(NamedTuple):
-    """Memory for a box of a parameter, and the part of a shard that it is for, unless it is that part already."""
+    """Memory for a box of a parameter, and the part of a shard that it is for, unless it is that part already.
 
-    path: tuple[Any, ...]
+    `rows`: how many neighbours along the last but one axis of the memory share an entry of the shard.
+    """
+
+    path: Path
     memory: Shard
     target: np.ndarray | None
+    rows: int
 
-    def settle(self) -> None:
+    def settle(self, source: str = "") -> None:
+        """Errors: ValueError that names the source, if rows differ that are to share an entry."""
         if self.target is not None:
-            self.target[...] = self.memory.array.reshape(self.target.shape)
+            array = self.memory.array
+            made = merge_rows(array, self.rows, source) if self.rows > 1 else array
+            self.target[...] = made.reshape(self.target.shape)
 
 
-def _boxes(placed: Placed, shard: Shard) -> Iterator[_Box]:
+def _boxes(placed: Placed | PlacedArray, shard: Shard, rows: int = 1) -> Iterator[_Box]:
     """Yields what a shard is made of; what no box fills is zero from now on. A shard of one box is filled in place."""
     array, corner = shard
     pieces = list(placed.pieces(corner, array.shape))
-    if len(pieces) == 1 and not placed.stacked and array[pieces[0].at].shape == array.shape:
-        yield _Box(pieces[0].path, Shard(array, pieces[0].corner), None)
+    if rows == 1 and len(pieces) == 1 and not placed.stacked and array[pieces[0].at].shape == array.shape:
+        yield _Box(pieces[0].path, Shard(array, pieces[0].corner), None, rows)
         return
     array[...] = 0
     for path, start, at in pieces:
         target = array[at]
-        size = target.shape[1:] if placed.stacked else target.shape
-        yield _Box(path, Shard(aligned(size, array.dtype), start), target)
+        size = list(target.shape[1:] if placed.stacked else target.shape)
+        if rows > 1:  # by output first: parts' blocks of scales may end anywhere
+            size[-2], start = size[-2] * rows, (*start[:-2], start[-2] * rows, start[-1])
+        yield _Box(path, Shard(aligned(size, array.dtype), start), target, rows)

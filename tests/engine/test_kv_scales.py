@@ -14,7 +14,8 @@ import safetensors.numpy
 
 from engine import LLM, SamplingParams
 from engine.kv_scales import LARGEST, MARGIN, abstract_scales, measure, wanted, with_scales
-from engine.models.narrow import abstract_narrow
+from engine.models.narrow_placement import abstract_narrow
+from engine.models.placement import whole
 from engine.models.transformer import attention_spec, forward, logits
 from engine.weights.load import load_params, open_checkpoint
 from kernels.attention import BACKENDS, RaggedBatch
@@ -66,7 +67,7 @@ def test_scales_are_measured_for_each_head_of_each_layer():
     for layer, found in zip(scaled["layers"], largest, strict=True):
         np.testing.assert_allclose(layer["kv_scales"], found * MARGIN / LARGEST, rtol=1e-6)
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
-    assert shapes(abstract_scales(model, abstract_narrow(model, "float32", {}))) == shapes(scaled)
+    assert shapes(abstract_scales(model, abstract_narrow(whole(model), "float32", {}))) == shapes(scaled)
 
 
 def test_the_engine_serves_from_a_cache_in_int8():

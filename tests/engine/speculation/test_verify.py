@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import chisquare
 
 from engine.models.config import LayerSpec, ModelConfig, RopeSpec
-from engine.models.narrow import random_narrow
+from engine.models.narrow_placement import random_narrow
 from engine.models.placement import whole
 from engine.models.transformer import attention_spec
 from engine.sampler import ACTIVE

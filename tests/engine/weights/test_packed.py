@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from engine.models.narrow import ONLINE, abstract_narrow, random_narrow
+from engine.models.narrow import ONLINE
+from engine.models.narrow_placement import abstract_narrow, random_narrow
 from engine.models.params import map_specs, num_bytes, param_specs
 from engine.models.placement import whole
 from engine.models.relay import random_params
@@ -89,7 +90,7 @@ def check_same(path: pathlib.Path, platform: str) -> dict:
     quantization = quantization_of(checkpoint, "gguf", platform, "float32")
     kept = load_params(checkpoint, "float32", quantization=quantization)
     wide = load_params(checkpoint, "float32")
-    abstract = abstract_narrow(checkpoint.config, "float32", quantization.plan)
+    abstract = abstract_narrow(whole(checkpoint.config), "float32", quantization.plan)
     like = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     assert like(kept) == like(abstract)
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from collectives import collectives, turns
 from jax.experimental import topologies
 from tpu_steps import LENGTH, PAGE, PAGES, StepShape, compile_step, from_hugging_face
 
@@ -53,27 +52,6 @@ CASES = {
     "qwen3-30b-a3b-v6e-2x4": Case("qwen3-30b-a3b", "v6e:2x4", 1, 32 * GIB, experts=True),
 }
 STEPS = {"decode": StepShape(256, 256, True), "prefill": StepShape(256, 2048, True)}
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "s64": 8}
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-
-
-def collectives(text: str, turns: int) -> Counter[tuple[str, str]]:
-    """-> (kind, shape of what one device puts in or gets, whichever is more) -> how often a step does it.
-
-    What is not in the program's entry is in the pipeline's loop, and done once in each of its `turns`.
-    """
-    found: Counter[tuple[str, str]] = Counter()
-    for part in re.split(r"\n(?=(?:ENTRY )?%[\w.-]+ )", text):
-        times = 1 if part.startswith("ENTRY") or "\nENTRY" in part else turns
-        for shapes, kind in re.findall(rf"= (\(?\w+\[.*?) ({KINDS})(?:-start)?\(", part):
-            each = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-            largest = max(each, key=lambda one: size_of(*one))
-            found[kind, f"{largest[0]}[{largest[1]}]"] += times
-    return found
-
-
-def size_of(dtype: str, shape: str) -> int:
-    return BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
 
 
 def least(config: ModelConfig, shape: StepShape, stages: int, devices: int, micro: int) -> int:
@@ -115,8 +93,8 @@ def main() -> None:
             text, memory = compiled.as_text(), compiled.memory_analysis()
             if options.text:
                 options.text.write_text(text)
-            found = collectives(text, micro + case.stages - 1)
-            sent = sum(size_of(*re.fullmatch(r"(\w+)\[(.*)\]", of).groups()) * n for (_, of), n in found.items())  # type: ignore[union-attr]
+            found, rounds = collectives(text), turns(text)
+            sent = sum(one.bytes * count for one, count in found.items())
             must = least(config, shape, case.stages, devices, micro)
             row = dict(
                 layers=len(config.layers), tensor_parallel=devices, pipeline_parallel=case.stages, micro_batches=micro,
@@ -125,7 +103,8 @@ def main() -> None:
                 in_place_gib=round(memory.alias_size_in_bytes / GIB, 2),
                 fits=memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.9 * case.memory,
                 kv_tokens=(PAGES - 1) * PAGE, longest=LENGTH,
-                collectives={f"{kind} {of}": n for (kind, of), n in found.items()},
+                collectives={" ".join(one): count for one, count in found.items()},
+                turns=rounds, idle=f"{1 - micro / rounds:.1%}",
                 collective_mib=round(sent / 2**20, 1), least_mib=round(must / 2**20, 1), more=f"{sent / must - 1:+.1%}",
             )  # fmt: skip
             table[f"{name} {step}"] = row

@@ -241,7 +241,6 @@ def _narrow(placed: Placed, path: Path, storage: Storage) -> Narrow:
     own = placed.sharding.shard_shape(placed.shape) if isinstance(placed.sharding, NamedSharding) else placed.shape
     outputs, count = outputs_of(name, own[lead:])
     if outputs[-1] % layout.rows:
-        _, whole = outputs_of(name, placed.spec.shape)
         raise _cut(path, f"{layout.rows} outputs", f"{outputs[-1]} of its {outputs_of(name, placed.spec.shape)[0][-1]}")
     unit = count
     for _, source, at in placed.pieces([0] * len(placed.shape), placed.shape):
@@ -253,7 +252,7 @@ def _narrow(placed: Placed, path: Path, storage: Storage) -> Narrow:
     shared = SUPER if any(array == "super_scales" for array, _ in storage.arrays) else layout.group or 1
     if unit % shared or (split and unit % (2 * split)):
         whole = math.prod(placed.spec.shape[i] for i in inputs)
-        raise _cut(path, f"{max(shared, 2)} inputs", f"a multiple of {unit} of its {whole}")
+        raise _cut(path, f"{max(shared, 2)} inputs", f"{count} of its {whole}, in runs of {unit}")
     return Narrow(placed, name, replace(storage, layout=replace(layout, split=split)))
 
 

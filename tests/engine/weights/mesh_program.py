@@ -1,8 +1,9 @@
 """Run by tests in a process with 8 CPU devices: models in few bits, and models that draft, on meshes of several.
 
 It reads a JSON list of cases from standard input and prints a list of what came of them. A case is an object: with
-`settings` of an LLM the tokens that it generates, else whether the weights of `model` that stay as they are stored on a
-mesh of `stages` x `devices` stand on each device for what expanded ones are there: null, or what is wrong.
+`settings` of an LLM the tokens that it generates, and how many drafts were right; else whether the weights of `model`
+that stay as they are stored on a mesh of `stages` x `devices` stand on each device for what expanded ones are there:
+null, or what is wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 PROMPTS = [[7, 8, 9, 7, 8, 9, 7], list(range(20)), [5], [3, 1] * 12]
 
 
-def tokens(settings: dict[str, Any]) -> list[list[int]]:
+def tokens(settings: dict[str, Any]) -> tuple[list[list[int]], int]:
     from engine import LLM, SamplingParams
 
     sizes: dict[str, Any] = dict(
@@ -34,7 +35,7 @@ def tokens(settings: dict[str, Any]) -> list[list[int]]:
     found = [output.outputs[0].token_ids for wish in wishes for output in llm.generate(given, wish, use_tqdm=False)]
     stats = llm.get_metrics().speculation
     assert stats is None or stats.num_draft_tokens > 0
-    return found
+    return found, stats.num_accepted_tokens if stats else 0
 
 
 def check(model: str, stages: int, devices: int, method: str | None) -> str | None:

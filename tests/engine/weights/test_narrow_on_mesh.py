@@ -129,6 +129,6 @@ def test_what_a_mesh_would_cut_is_refused_with_the_numbers(tmp_path: pathlib.Pat
     online = dict(model=wide_folder, quantization="fp8_block", tensor_parallel_size=3)
     first, second = run([{"settings": kept}, {"settings": online}])
     assert first.startswith("ValueError: quantization: layers.0.out is stored with scales for 256 inputs"), first
-    assert "a multiple of 128 of its 512" in first and "another tensor_parallel_size" in first
-    assert second.startswith("ValueError: quantization: layers.0.gate_up is stored with scales for 128 outputs"), second
+    assert "128 of its 512, in runs of 128" in first and "another tensor_parallel_size" in first
+    assert second.startswith("ValueError: quantization: layers.0.down is stored with scales for 128 inputs"), second
     assert "342 of its 1024" in second

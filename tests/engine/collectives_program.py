@@ -1,0 +1,53 @@
+"""Run by tests in a process with 8 CPU devices: compiles a step for meshes and prints what its text tells.
+
+python -m tests.engine.collectives_program FOLDER TOKENS TPxPP... prints a JSON object by mesh.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from collectives import collectives, turns
+from jax.sharding import PartitionSpec
+
+from engine.layout import StepLayout
+from engine.models.pipeline import MOST
+from engine.step_input import StepShape
+from engine.weights.load import read_config
+from kernels.attention import BACKENDS
+from sharding.mesh import replica_meshes
+from sharding.pipeline import rotate
+
+TINY = Path(__file__).parents[1] / "data" / "tiny"
+ROWS, PAGE, PAGES, LENGTH = 4, 16, 8, 64
+
+
+def compiled(folder: str, tokens: int, mesh: str) -> dict[str, Any]:
+    tensor, pipeline = map(int, mesh.split("x"))
+    layout = StepLayout(read_config(TINY / folder), replica_meshes(jax.devices(), tensor, pipeline)[0])
+    backend, shape = BACKENDS["xla"], StepShape(ROWS, tokens, plain=True)
+    state = layout.state(backend, PAGES, PAGE, ("float32", "float32"), ROWS, LENGTH)
+    run = jax.jit(StepLayout.step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+    arguments = layout.params("float32"), state, layout.flat(shape)
+    text = run.lower(layout, backend, PAGE, shape, *arguments).compile().as_text()
+    found = [[*collective, count] for collective, count in collectives(text).items()]
+    return {"collectives": found, "turns": turns(text), "busy": busy(pipeline, layout)}
+
+
+def busy(stages: int, layout: StepLayout) -> list[int]:
+    """-> how many micro-batches each stage computes of a step that is cut into as many as there may be."""
+    count = lambda x, m, is_real, seen: (x, seen + is_real.astype(jnp.int32))
+    run = lambda: rotate(count, jnp.zeros((MOST, 1, 1)), jnp.zeros(1, jnp.int32), layout.axes.stage)[1]
+    spec = PartitionSpec("stage")
+    return jax.shard_map(run, mesh=layout.mesh, in_specs=(), out_specs=spec, check_vma=False)().tolist()
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    folder, tokens, *meshes = sys.argv[1:]
+    json.dump({mesh: compiled(folder, int(tokens), mesh) for mesh in meshes}, sys.stdout)

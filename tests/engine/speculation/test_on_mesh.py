@@ -1,0 +1,33 @@
+"""Drafters with parameters of their own on meshes: the tokens are those of one device without drafts."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from tests.engine.speculation.test_generation import EAGLE3, SHAPE
+from tests.engine.weights.test_narrow_on_mesh import run
+
+MODEL = SHAPE | dict(num_hidden_layers=3, vocab_size=500, num_attention_heads=6, num_key_value_heads=3, head_dim=16)
+HEAD = EAGLE3 | dict(vocab_size=500, draft_vocab_size=300, eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 3]})
+MESH = dict(tensor_parallel_size=2, pipeline_parallel_size=2)
+
+
+def settings(folder: pathlib.Path, method: str | None, **mesh: int) -> dict[str, Any]:
+    """-> of an engine whose model, and what drafts for it, have random weights."""
+    for name, shape in {"model": MODEL, "draft_model": MODEL, "eagle3": HEAD}.items():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(shape))
+    own = {"model": str(folder / method)} if method in ("draft_model", "eagle3") else {}
+    drafts = {"method": method, "num_speculative_tokens": 3, "adaptive": False} | own
+    return dict(model=str(folder / "model"), load_format="dummy", speculative_config=drafts if method else None, **mesh)
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])  # what has pages of its own, and what reads all stages
+def test_drafts_are_as_right_on_a_mesh_as_on_one_device(tmp_path: pathlib.Path, method: str):
+    one, other = run([{"settings": settings(tmp_path, method, **mesh)} for mesh in ({}, MESH)])
+    assert other == one
+    assert one[1] > 10

@@ -30,7 +30,7 @@ from engine.hosts.wire import HostLost
 from engine.layout import ALL, EACH, EMPTY, StepLayout
 from engine.memory import RESERVE, MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
-from engine.models.narrow import Plan
+from engine.models.narrow import Plan, plan_of_few
 from engine.models.params import Params
 from engine.request import Request
 from engine.scheduler import Row, StepPlan
@@ -151,7 +151,8 @@ class Runner:
             if device.platform != "cpu":  # where nothing depends on them
                 few = tuple(dict.fromkeys(model.layers)) * max(2, mesh.shape["stage"])
                 untapped = drafter and drafter._replace(taps=(0,) * len(drafter.taps))
-                small = laid_out(replace(model, layers=few), drafter=untapped)
+                own = plan_of_few(stored, model.layers, few)
+                small = laid_out(replace(model, layers=few), plan=own, drafter=untapped)
                 fake = state_spec(pages_per_row + 1, small)
                 measure = lambda: max(_temporaries(self._compile(shape, fake, small)) for shape in largest)
                 temporaries = self._cache.get_number("temporaries", measure)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-from engine.models.config import ModelConfig
+from engine.models.config import LayerSpec, ModelConfig
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
 from engine.models.placement import Path
 from kernels.product import how_multiplied
@@ -83,6 +83,16 @@ def online_plan(config: ModelConfig, method: str, platform: str, dtype: str) -> 
 
     map_specs(one, param_specs(config))
     return plan
+
+
+def plan_of_few(plan: Plan, layers: Sequence[LayerSpec], few: Sequence[LayerSpec]) -> Plan:
+    """-> the plan of a model whose layers are `few`, each of them stored as the first of `layers` that is alike."""
+    found = {path: how for path, how in plan.items() if path[0] != "layers"}
+    for path, how in plan.items():
+        if path[0] == "layers" and layers.index(layers[path[1]]) == path[1]:
+            alike = (i for i, layer in enumerate(few) if layer == layers[path[1]])
+            found |= {("layers", i, *path[2:]): how for i in alike}
+    return found
 
 
 def width(name: str, inputs: int, layout: Layout) -> int:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from engine.models.narrow import ONLINE
+from engine.models.config import LayerSpec
+from engine.models.narrow import ONLINE, plan_of_few
 from engine.models.narrow_placement import abstract_narrow, random_narrow
 from engine.models.params import map_specs, num_bytes, param_specs
 from engine.models.placement import whole
@@ -167,3 +168,10 @@ def test_a_setting_that_the_checkpoint_is_not_is_refused(setting, method):
 
 def open_tiny():
     return open_checkpoint(pathlib.Path(__file__).parents[2] / "data" / "tiny" / "llama3").config
+
+
+def test_a_few_layers_are_stored_as_those_that_they_stand_for():
+    dense, sparse = LayerSpec(None), LayerSpec(None, window=4)
+    plan = {("embed",): 1, **{("layers", i, "down"): 10 + i for i in range(4)}}
+    few = plan_of_few(plan, (dense, dense, sparse, sparse), (dense, sparse, dense, sparse))  # pyright: ignore
+    assert few == {("embed",): 1, **{("layers", i, "down"): [10, 12][i % 2] for i in range(4)}}

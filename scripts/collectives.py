@@ -49,8 +49,8 @@ def turns(text: str) -> int:
     parts = _computations(text)
     found = {
         int(count)
-        for body in parts.values()
-        for loop, count in _loops(body).items()
+        for name in parts
+        for loop, count in _loops(parts, name).items()
         if count and "collective-permute" in parts[loop]
     }
     assert len(found) <= 1, found
@@ -79,13 +79,20 @@ def _computations(text: str) -> dict[str, str]:
     return found
 
 
-def _loops(body: str) -> dict[str, int | None]:
-    """-> for each loop of a computation the name of its body, and how often it goes round, if that is known."""
+def _loops(parts: dict[str, str], name: str) -> dict[str, int | None]:
+    """-> for each loop of a computation the name of its body, and how often it goes round, if that is known.
+
+    XLA's CPU compiler writes that down; the TPU's leaves a counter, from 0 on, that is compared with a constant.
+    """
     found = {}
-    for line in body.splitlines():
-        if loop := re.search(r" while\(.*body=%([\w.-]+)", line):
+    for line in parts[name].splitlines():
+        if loop := re.search(r" while\(.*condition=%([\w.-]+), body=%([\w.-]+)", line):
             count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            found[loop[1]] = int(count[1]) if count else None
+            condition = parts[loop[1]]
+            ends = re.findall(r"= s32\[\]\S* constant\((\d+)\)", condition)
+            if not count and len(ends) == 1 and re.search(r"ROOT .*compare\(.*direction=LT", condition):
+                count = re.search(r"constant\((\d+)\)", condition)
+            found[loop[2]] = int(count[1]) if count else None
     return found
 
 
@@ -95,7 +102,7 @@ def _times(parts: dict[str, str]) -> dict[str, int]:
 
     def visit(name: str, count: int) -> None:
         times[name] += count
-        body, loops = parts[name], _loops(parts[name])
+        body, loops = parts[name], _loops(parts, name)
         for called in re.findall(
             r"%([\w.-]+)",
             " ".join(re.findall(r"(?:calls|body|branch_computations|\w+_computation)=(\{[^}]*\}|%[\w.-]+)", body)),

@@ -1,65 +1,47 @@
-"""Owns what is on the device: compiles every step ahead of time, launches steps without waiting, collects results."""
+"""Owns what is on the device: launches steps without waiting, and collects their results."""
 
 from __future__ import annotations
 
-import gc
 import itertools
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Lock, Thread
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
+from engine.compiler import StepCompiler
 from engine.config import EngineConfig, ResolvedConfig
-from engine.executables import ExecutableCache
 from engine.hosts.join import Peers, encode
 from engine.hosts.leader import Leader
 from engine.hosts.wire import HostLost
-from engine.layout import ALL, EACH, EMPTY, StepLayout
-from engine.memory import RESERVE, MemoryPlan, plan_memory
+from engine.layout import ALL, EACH, EMPTY
 from engine.models.config import ModelConfig
-from engine.models.narrow import Plan, plan_of_few
+from engine.models.narrow import Plan
 from engine.models.params import Params
 from engine.request import Request
 from engine.scheduler import Row, StepPlan
 from engine.slots import empty_tables, needs_slot_row, slot_row
 from engine.speculation.drafter import Drafter
-from engine.step import DeviceState, StepOutput, write_page_table, write_slot
+from engine.step import StepOutput, write_page_table, write_slot
 from engine.step_input import (
     TABLE_ROWS,
     BatchBuilder,
     StepShape,
     choose_shape,
     flat_size,
-    gpu_step_shapes,
-    speculative_shapes,
-    step_shapes,
     unpack,
 )
-from kernels.attention import choose_backend, copy_pages
+from kernels.attention import copy_pages
 
-COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
-FILLED_ROWS = 8  # sequences in one launch that shows the draft model what it has not seen
 MEASURED_RUNS = 3  # of each step of decodes, the first of which may take longer
 COPIES = 8  # page copies in one launch; more take several
-# What XLA tries out for a GPU before it chooses. Trying everything in every step takes most of a cold start, and gains
-# where products have very few rows; for the largest step a choice of cuBLAS' own is enough (docs/performance.md).
-NO_TRITON: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
-UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0, **NO_TRITON}
-TUNED_TOKENS = 8  # steps of so many tokens at most are tuned in full, and with drafts of twice as many
-UNLUCKY_TOKENS = 128  # where cuBLAS' first choice for Llama-8B's gate_up takes 109 us, and its best 66
 
 
 def first_tokens(plan: StepPlan) -> list[int]:
@@ -77,7 +59,7 @@ class Launched(NamedTuple):
 
 
 class Runner:
-    """The device's side of the engine. `num_traces` counts traces of the step: serving adds none."""
+    """The device's side of the engine."""
 
     def __init__(
         self,
@@ -100,78 +82,14 @@ class Runner:
         devices are part of the mesh. `stored`: which parameters are so in few bits; `scaled`: they have scales of
         keys and values. `drafter`: who speculates, if any.
         """
-        self.model, self.drafter, self.num_traces, self._lowering = model, drafter, 0, Lock()
-        self.peers = peers
-        laid_out = partial(
-            StepLayout, mesh=mesh, expert_parallel=config.enable_expert_parallel, plan=stored, scaled=scaled
+        self.model, self.drafter, self.peers = model, drafter, peers
+        self._compiler = compiler = StepCompiler(
+            config, resolved, model, mesh, report, cache_folder, stored, scaled, drafter
         )
-        self.layout = laid_out(model, drafter=drafter)
-        self._device = device = mesh.local_devices[0]
-        in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-        params, self._dtype = self.layout.params(resolved.dtype), resolved.dtype
-        page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
-        specs = {*self.layout.specs, *self.layout.draft_specs}
-        self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
-        report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
-
-        pages_per_row = -(-resolved.max_model_len // page)
-        shapes = gpu_step_shapes if device.platform == "gpu" else step_shapes
-        self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
-        if drafter is not None:
-            most = drafter.config.num_speculative_tokens
-            self.shapes = speculative_shapes(self.shapes, most, resolved.max_num_batched_tokens)
-        self.builder = BatchBuilder(resolved.max_num_seqs, pages_per_row)
-        self.page_size = page
-
-        def state_spec(num_pages: int, layout: StepLayout = self.layout) -> DeviceState:
-            dtypes, slots = (resolved.dtype, kv_dtype), resolved.max_num_seqs
-            return layout.state(self.backend, num_pages, page, dtypes, slots, resolved.max_model_len)
-
-        def counted(*arguments: Any) -> Any:
-            self.num_traces += 1
-            return StepLayout.step(*arguments)
-
-        self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-        sizes = partial(
-            plan_memory, config, resolved, device,
-            in_use=in_use,
-            weights=_tree_bytes(params),
-            tables=_tree_bytes((state_spec(1).tables, state_spec(1).page_table)),
-            page_bytes=_tree_bytes((state_spec(1).kv_caches, state_spec(1).draft_caches)),
-            sharers=sum(other.process_index == device.process_index for other in jax.devices()),
-        )  # fmt: skip
-        grid = [mesh.shape, [other.id for other in mesh.devices.flat], config.enable_expert_parallel]
-        identity = (model, resolved, self.backend.name, params, grid, drafter)
-        self._cache = ExecutableCache(cache_folder, device, *identity)
-        kinds = [s for s in self.shapes if not s.drafts], [s for s in self.shapes if s.drafts]
-        largest = [max(kind, key=lambda s: (s.tokens, s.rows, not s.plain)) for kind in kinds if kind]
-        with ThreadPoolExecutor(1, "load") as loader:
-            loading = loader.submit(load, self.layout.placed)
-            temporaries = 0
-            if device.platform != "cpu":  # where nothing depends on them
-                few = tuple(dict.fromkeys(model.layers)) * max(2, mesh.shape["stage"])
-                untapped = drafter and drafter._replace(taps=(0,) * len(drafter.taps))
-                own = plan_of_few(stored, model.layers, few)
-                small = laid_out(replace(model, layers=few), plan=own, drafter=untapped)
-                fake = state_spec(pages_per_row + 1, small)
-                measure = lambda: max(_temporaries(self._compile(shape, fake, small)) for shape in largest)
-                temporaries = self._cache.get_number("temporaries", measure)
-            while True:
-                plan = sizes(temporaries=temporaries)
-                if peers is not None:
-                    plan = replace(plan, num_pages=peers.agree(plan.num_pages))
-                state = state_spec(plan.num_pages)
-                self.executables = self._compile_all(state, plan.num_pages, loading, report)
-                # Planned once: the pool hands out the pages that the cache has, whatever is in use since.
-                self.memory: MemoryPlan = replace(
-                    plan, temporaries=max(_temporaries(self.executables[s]) for s in largest)
-                )
-                if device.platform == "cpu" or self.memory.temporaries <= temporaries + RESERVE // 2:
-                    break
-                temporaries = self.memory.temporaries  # two layers of each kind told too little
-            self.params = loading.result()
-        for line in self.memory.describe(resolved.max_model_len):
-            report(line)
+        self.layout, self.backend, self.shapes = compiler.layout, compiler.backend, compiler.shapes
+        self.page_size = resolved.page_size
+        self.builder = BatchBuilder(resolved.max_num_seqs, -(-resolved.max_model_len // self.page_size))
+        self.executables, self.memory, state, self.params = compiler.steps(load, peers)
         empty: Any = replace(state, tables=None)  # type: ignore[arg-type]
         where = jax.tree.map(lambda s: s.sharding, state)
         zeros = jax.jit(
@@ -182,53 +100,16 @@ class Runner:
         self.state = replace(zeros(), tables=jax.jit(new_tables, out_shardings=where.tables)())
         self._prepare_slots()
         if drafter is not None and drafter.config.method == "draft_model":
-            self._prepare_fills()
+            self._fills = compiler.fills(self.state, self.num_pages)
         self.step_seconds = self._measure() if drafter is not None and drafter.config.adaptive else {}
-        Thread(target=self._cache.save_new, name="save steps").start()
-
-    def _compile(self, shape: StepShape, state: DeviceState, layout: StepLayout) -> Any:
-        """-> the executable of a step of `layout`. The one that long prompts fill gets the slow-to-compile kernels."""
-        fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
-        backend = self.backend if fullest else self.backend.lesser or self.backend
-        options: dict[str, Any] | None = None
-        few = 2 * TUNED_TOKENS if shape.drafts else TUNED_TOKENS
-        if self._device.platform == "gpu" and shape.tokens > few:
-            options = NO_TRITON if fullest or shape.tokens == UNLUCKY_TOKENS else UNTUNED
-        with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
-            params = layout.params(self._dtype)
-            lowered = self._step.lower(layout, backend, self.page_size, shape, params, state, layout.flat(shape))
-        return lowered.compile(options)
-
-    def _compile_all(
-        self, state: DeviceState, num_pages: int, loading: Future[Params], report: Callable[[str], None]
-    ) -> dict[StepShape, Any]:
-        """-> every step's executable, from the cache or compiled. Gives up as soon as loading has failed."""
-        started = time.perf_counter()
-        report(f"compiling {len(self.shapes)} step shapes")
-        executables = {}
-        threads = min(os.cpu_count() or 1, COMPILERS)
-        bar = tqdm(total=len(self.shapes), desc="compiling", disable=None)
-
-        def compile_one(shape: StepShape) -> tuple[StepShape, Any]:
-            if loading.done():
-                loading.result()
-            name = f"{shape.rows}x{shape.tokens}{'-plain' * shape.plain}-{shape.drafts}-drafts-{num_pages}-pages"
-            return shape, self._cache.get(name, lambda: self._compile(shape, state, self.layout))
-
-        slow_first = sorted(self.shapes, key=lambda s: (s.tokens > TUNED_TOKENS, -s.tokens, not s.plain))
-        with _no_garbage_collection(), ThreadPoolExecutor(threads) as pool, bar:
-            for shape, executable in pool.map(compile_one, slow_first):
-                executables[shape] = executable
-                bar.update()
-        report(f"compiled {len(self.shapes)} step shapes in {time.perf_counter() - started:.1f} s")
-        return executables
+        compiler.keep()
 
     def _prepare_slots(self) -> None:
         """Compile the small functions that run before some steps, and name everything that the devices can do."""
 
         def compiled(function: Callable[..., Any], outputs: Any, *arguments: Any) -> Any:
-            lower = jax.jit(function, donate_argnums=0, out_shardings=outputs).lower
-            return self._cache.get(f"{function.__name__}-{self.num_pages}-pages", lambda: lower(*arguments).compile())
+            name = f"{function.__name__}-{self.num_pages}-pages"
+            return self._compiler.small(name, function, outputs, *arguments)
 
         tables: Any = self.state.tables, self.state.lengths
         table, of_all = self.state.page_table, self.layout.of_all
@@ -264,22 +145,6 @@ class Runner:
             "copy_pages": run_copy_pages,
         }  # fmt: skip
 
-    def _prepare_fills(self) -> None:
-        """Compile what shows the draft model tokens that it has not seen, for a few rows at a time."""
-        assert self.drafter is not None and self.drafter.model is not None
-        most = max(shape.tokens for shape in self.shapes if not shape.drafts)
-        rows = min(FILLED_ROWS, self.builder.num_slots)
-        shapes = [StepShape(rows, n, plain=True, follows=True) for n in sorted({min(64, most), most}) if n > rows]
-        fill = jax.jit(StepLayout.fill, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-        backend, params = self.backend.lesser or self.backend, self.layout.params(self._dtype)
-
-        def compiled(shape: StepShape) -> Any:
-            arguments = self.layout, backend, self.page_size, shape, params, self.state, self.layout.flat(shape)
-            name = f"fill-{shape.rows}x{shape.tokens}-{self.num_pages}-pages"
-            return self._cache.get(name, lambda: fill.lower(*arguments).compile())
-
-        self._fills = {shape: compiled(shape) for shape in shapes}
-
     def _fill_drafts(self, fills: Sequence[Row]) -> None:
         """Show the draft model what it has not seen, before the step that it drafts for."""
         largest, left = max(self._fills), deque(fills)
@@ -312,6 +177,11 @@ class Runner:
                 times.append(time.perf_counter() - started)
             seconds[shape] = min(times)
         return seconds
+
+    @property
+    def num_traces(self) -> int:
+        """-> how often a step was traced: serving adds none."""
+        return self._compiler.num_traces
 
     @property
     def num_pages(self) -> int:
@@ -397,27 +267,3 @@ class Runner:
         assert request.slot is not None
         length = [] if self.drafter is None else [np.int32(len(request.token_ids))]
         self.dispatch("write_slot", np.int32(request.slot), *jax.tree.leaves(row), *length)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Tracing makes objects by the million, and looking for garbage among them takes a third of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _temporaries(executable: Any) -> int:
-    """-> bytes that a step needs beside its inputs and its donated state."""
-    analysis = executable.memory_analysis()
-    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-
-
-def _tree_bytes(tree: Any) -> int:
-    """-> bytes that one device has of the arrays."""
-    own = lambda leaf: leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-    return sum(int(np.prod(own(leaf))) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -30,6 +30,11 @@ class SpeculativeConfig:
     adaptive: bool = True
     benchmark_forced_acceptance: float | None = None
 
+    @property
+    def has_head(self) -> bool:
+        """-> whether drafts come from what the verifying model computes."""
+        return self.method in ("eagle3", "mtp")
+
 
 _COMMON = ("method", "num_speculative_tokens", "adaptive", "benchmark_forced_acceptance")
 _SUFFIX = ("suffix_decoding_max_tree_depth", "suffix_decoding_max_cached_tokens", "suffix_decoding_min_token_prob")

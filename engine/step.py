@@ -98,15 +98,12 @@ def step(
             lengths = lengths.at[slots].set(part["sample_positions"] + 1, mode="drop")
 
     if drafter and drafter.has_head:
-        with jax.named_scope("draft"):
-            seen = heads.features(drafter, params, hidden, tapped, axes)
-            following = history.at[part["token_slots"], positions + 1].get(mode="fill", fill_value=0)
-            out_of_head, draft_caches = heads.advance(
-                drafter, config, backend, params, state.draft_caches, seen, following, positions, batch, axes
-            )
-            assert state.head_outputs is not None
-            outputs = state.head_outputs.at[slots].set(out_of_head[part["sample_at"]], mode="drop")
-            state = replace(state, draft_caches=draft_caches, head_outputs=outputs)
+        assert state.head_outputs is not None
+        outputs, draft_caches = heads.observe(
+            drafter, config, backend, params, state.draft_caches, state.head_outputs, hidden, tapped, history,
+            part["token_slots"], positions, batch, slots, part["sample_at"], axes,
+        )  # fmt: skip
+        state = replace(state, draft_caches=draft_caches, head_outputs=outputs)
     state = replace(
         state, kv_caches=kv_caches, page_table=page_table, tables=replace(tables, tokens=history), lengths=lengths
     )

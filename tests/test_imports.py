@@ -24,6 +24,7 @@ LAYERS = """
     core
     chat_messages chat_template detokenizer pre_tokenizers stop_strings tokenizer tokenizer_files vocab
     pooling profiler runner
+    compiler
     hosts
     layout
     kv_scales

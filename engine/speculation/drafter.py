@@ -19,4 +19,4 @@ class Drafter(NamedTuple):
     @property
     def has_head(self) -> bool:
         """-> whether drafts come from what the verifying model computes."""
-        return self.config.method in ("eagle3", "mtp")
+        return self.config.has_head

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -29,12 +30,36 @@ from sharding.axes import ALONE, Axes
 Choose = Callable[[Array, Array, SlotTables], Array]  # logits [R, V], positions [R], tables -> tokens i32[R]
 
 
-def features(drafter: Drafter, params: Params, hidden: Array, taps: Sequence[Array], axes: Axes) -> Array:
-    """-> what a head reads of the model: hidden [T, D] behind the final norm, which the last stage has, and taps [T, D]
-    each -> [T, D], on every device."""
-    if drafter.taps:
-        return project(jnp.concatenate(taps, axis=-1), params["draft"]["fc"])
-    return axes.stage.last(hidden)
+def observe(
+    drafter: Drafter,
+    target: ModelConfig,
+    backend: Backend,
+    params: Params,
+    caches: list[Any],
+    outputs: Array,
+    hidden: Array,
+    taps: Sequence[Array],
+    tokens: Array,
+    token_slots: Array,
+    positions: Array,
+    batch: RaggedBatch,
+    slots: Array,
+    last: Array,
+    axes: Axes,
+) -> tuple[Array, list[Any]]:
+    """Show the head T tokens that the model has just computed. -> what it makes of each slot's last, and new caches.
+
+    hidden [T, D] behind the final norm, which the last stage has, and taps [T, D] each; tokens i32[slots, L], with
+    those that follow the T tokens i32[T] of `token_slots` at `positions`; outputs [slots, D], of which rows i32[R] of
+    `slots` are replaced by the head's at tokens i32[R] `last`. Slots out of range change nothing.
+    """
+    with jax.named_scope("draft"):
+        seen = (
+            project(jnp.concatenate(taps, axis=-1), params["draft"]["fc"]) if drafter.taps else axes.stage.last(hidden)
+        )
+        following = tokens.at[token_slots, positions + 1].get(mode="fill", fill_value=0)
+        out, caches = advance(drafter, target, backend, params, caches, seen, following, positions, batch, axes)
+        return outputs.at[slots].set(out[last], mode="drop"), caches
 
 
 def advance(

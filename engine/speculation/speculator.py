@@ -41,6 +41,7 @@ class Speculator:
         self._acceptance: dict[Request, Acceptance] = {}
         self._seen: dict[Request, Repeats] = {}
         self._drafting: set[Request] = set()  # rows of the last plan, if it speculates
+        self._sampled: set[Request] = set()  # requests that have had a token sampled since they were admitted
         self._suffixes = Suffixes(config) if config.method == "suffix" else None
         self._made: dict[Request, list[int]] = {}  # drafts for the plan at hand
         self._filled: dict[Request, int] = {}  # tokens that the draft model has seen, of those that are not in there
@@ -51,8 +52,13 @@ class Speculator:
             self._filled.pop(request, None)
         self._made.clear()
         drafting, self._drafting = self._drafting, set()
+        self._sampled.difference_update(plan.admitted)
+        newcomers = {row.request for row in plan.rows if row.samples} - self._sampled
+        self._sampled |= newcomers
         if not plan.rows or any(row.count > 1 or not row.samples for row in plan.rows):
             return
+        if newcomers and self.config.has_head:
+            return  # what it made of the token before a prompt's last is not kept: that was cached, or in a step before
         chances = [self._chance(row.request) for row in plan.rows]
         if not any(chances):
             return
@@ -111,6 +117,7 @@ class Speculator:
         self._acceptance.pop(request, None)
         self._seen.pop(request, None)
         self._filled.pop(request, None)
+        self._sampled.discard(request)
 
     def _chance(self, request: Request) -> float:
         """-> how likely the request's next draft is right, as far as can be told."""

@@ -115,13 +115,10 @@ def speculating_step(
         lengths = state.lengths.at[slots].set(lengths + run, mode="drop")
     outputs = state.head_outputs
     if outputs is not None:
-        with jax.named_scope("draft"):
-            seen = heads.features(drafter, params, hidden, tapped, axes)
-            following = tables.tokens.at[slots[row], positions + 1].get(mode="fill", fill_value=0)
-            out_of_head, caches = heads.advance(
-                drafter, config, backend, params, caches, seen, following, positions, batch, axes
-            )
-            last = jnp.minimum(part["cu_q_lens"][:-1] + run - 1, shape.tokens - 1)
-            outputs = outputs.at[slots].set(out_of_head[last], mode="drop")
+        last = jnp.minimum(part["cu_q_lens"][:-1] + run - 1, shape.tokens - 1)
+        outputs, caches = heads.observe(
+            drafter, config, backend, params, caches, outputs, hidden, tapped, tables.tokens, slots[row], positions,
+            batch, slots, last, axes,
+        )  # fmt: skip
     state = DeviceState(kv_caches, page_table, tables, lengths, caches, outputs)
     return state, StepOutput(out, None, Runs(run, count))

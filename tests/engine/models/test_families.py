@@ -26,7 +26,7 @@ def test_every_family_has_a_tiny_model():
 @pytest.fixture
 def one_step_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile one step for whatever there is to do: most of such a test's time would be compiling."""
-    monkeypatch.setattr("engine.runner.step_shapes", lambda rows, tokens: [StepShape(rows, tokens)])
+    monkeypatch.setattr("engine.compiler.step_shapes", lambda rows, tokens: [StepShape(rows, tokens)])
 
 
 @pytest.mark.usefixtures("one_step_shape")

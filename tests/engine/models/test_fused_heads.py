@@ -26,7 +26,7 @@ def test_a_models_tokens_do_not_depend_on_the_backend(family: str, monkeypatch: 
         attend_product=partial(attend_product, **options),
     )
     monkeypatch.setitem(BACKENDS, "interpreted", interpreted)
-    monkeypatch.setattr("engine.runner.step_shapes", lambda rows, tokens: [StepShape(rows, tokens)])
+    monkeypatch.setattr("engine.compiler.step_shapes", lambda rows, tokens: [StepShape(rows, tokens)])
     goldens = json.loads((TINY / family / "goldens.json").read_text())
     llm = LLM(
         model=str(TINY / family), skip_tokenizer_init=True, max_num_seqs=3, max_num_batched_tokens=16,

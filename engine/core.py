@@ -196,7 +196,7 @@ class EngineCore:
             for request in plan.admitted:
                 request.group.metrics.first_scheduled_time = request.group.metrics.first_scheduled_time or now
             launched = self.runner.launch(plan)
-            self._last_iteration_tokens = plan.num_tokens
+        self._last_iteration_tokens = plan.num_tokens
         previous, self._in_flight = self._in_flight, launched
         return updates + self._commit(previous) if previous else updates
 

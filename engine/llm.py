@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from engine.config import make_config
-from engine.core import Prompt, Stats
+from engine.core import EngineCore, Prompt, Stats
+from engine.hosts.calls import Calls
 from engine.pooling import MAX_ROWS, POOLINGS
 from engine.request import (
     EmbeddingOutput,
@@ -24,6 +25,7 @@ from engine.startup import start
 from engine.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class LLM:
@@ -31,11 +33,18 @@ class LLM:
 
     >>> llm = LLM(model="model.gguf")
     >>> llm.generate("Hello")[0].outputs[0].text
+
+    With num_processes, every process runs the same program, makes the same calls and gets the same results. Only
+    `get_tokenizer`, `chat_prompt` and the profiler's calls are a process's own.
     """
 
     def __init__(self, model: str, **settings: Any):
-        self.core = start(make_config(model=str(model), **settings))
+        config = make_config(model=str(model), **settings)
+        self.core = start(config, together=True)
         self._ids = itertools.count()
+        self._calls: Calls | None = None
+        if isinstance(self.core, EngineCore) and self.core.runner.peers is not None:
+            self._calls = Calls(self.core.runner.peers, self.core.runner.execute)
 
     def generate(
         self,
@@ -50,6 +59,10 @@ class LLM:
         Errors: RequestError (a ValueError) that names the field; then nothing has been queued.
         """
         groups = self._prepare(prompts, sampling_params, priority)
+        asked = [(g.request_id, g.prompt_token_ids, g.params, g.priority, g.cache_salt) for g in groups]
+        return self._everywhere("generate", asked, RequestOutput, lambda: self._generate(groups, use_tqdm))
+
+    def _generate(self, groups: Sequence[Group], use_tqdm: bool) -> list[RequestOutput]:
         wanted = sum(group.params.n for group in groups)
         with tqdm(total=wanted, desc="generating", unit="seq", disable=None if use_tqdm else True) as bar:
             tokens = 0
@@ -101,17 +114,29 @@ class LLM:
         if pooling not in POOLINGS:
             raise RequestError("pooling", f"must be one of {POOLINGS}, got {pooling!r:.80}")
         tokens = [self.core.read_embedding_prompt(prompt) for prompt in _batch(prompts)]
+        ids = [str(next(self._ids)) for _ in tokens]
+        work = lambda: self._embed(ids, tokens, pooling, normalize, use_tqdm)
+        return self._everywhere("embed", (tokens, pooling, normalize), EmbeddingRequestOutput, work)
+
+    def _embed(
+        self, ids: Sequence[str], tokens: Sequence[list[int]], pooling: str, normalize: bool, use_tqdm: bool
+    ) -> list[EmbeddingRequestOutput]:
         outputs = []
         with tqdm(total=len(tokens), desc="embedding", unit="seq", disable=None if use_tqdm else True) as bar:
             for start in range(0, len(tokens), MAX_ROWS):
                 for vector in self.core.embed(tokens[start : start + MAX_ROWS], pooling, normalize):
-                    ids = tokens[len(outputs)]
-                    outputs.append(EmbeddingRequestOutput(str(next(self._ids)), EmbeddingOutput(vector.tolist()), ids))
+                    at, output = len(outputs), EmbeddingOutput(vector.tolist())
+                    outputs.append(EmbeddingRequestOutput(ids[at], output, tokens[at]))
                     bar.update()
         return outputs
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Update]:
-        """-> what each step adds to the answer to one prompt, as it comes. Closing the iterator aborts the request."""
+        """-> what each step adds to the answer to one prompt, as it comes. Closing the iterator aborts the request.
+
+        Errors: as generate; ValueError in one of several processes, which would have to take each step at one time.
+        """
+        if self._calls is not None:
+            raise ValueError("stream: is for one process, and num_processes are several; use generate, or a server")
         return self._run(self._prepare([prompt], sampling_params, None))
 
     def chat_prompt(self, messages: Sequence[Message], **options: Any) -> dict[str, Any]:
@@ -127,7 +152,7 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. -> whether it was possible: False while requests run."""
-        return self.core.reset_prefix_cache()
+        return self._everywhere("reset_prefix_cache", None, bool, lambda: [self.core.reset_prefix_cache()])[0]
 
     def start_profile(self) -> None:
         """Begin a profiler trace in the folder of the setting profile_dir. Errors: RequestError."""
@@ -138,7 +163,11 @@ class LLM:
         self.core.stop_profile()
 
     def get_metrics(self) -> Stats:
-        return self.core.stats()
+        return self._everywhere("get_metrics", None, Stats, lambda: [self.core.stats()])[0]
+
+    def _everywhere(self, name: str, arguments: Any, kind: type[T], work: Callable[[], list[T]]) -> list[T]:
+        """-> what `work` makes here or, of several processes, in the first."""
+        return work() if self._calls is None else self._calls.call(name, arguments, kind, work)
 
     def _prepare(
         self,

@@ -24,6 +24,10 @@ KNOWN_PAGES = 1 << 16  # pages of prompts whose replicas are remembered
 POLL_SECONDS = 1e-4
 
 
+class ReplicaFailed(RuntimeError):
+    """One of several engines has failed, and so have all: its requests were in its devices' memory."""
+
+
 class Router:
     """Chooses a replica for each request, and keeps count of what each has to do."""
 
@@ -78,6 +82,7 @@ class Replicas:
         self.config, self.resolved, self.model_config = first.config, first.resolved, first.model_config
         self.tokenizer = first.tokenizer
         self.router = Router(len(self.cores), self.resolved.page_size)
+        self._stepped: list[EngineCore] = []  # by the last `step`
 
     def prepare(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
@@ -114,11 +119,20 @@ class Replicas:
         return any(core.has_unfinished() for core in self.cores)
 
     def step(self) -> list[Update]:
-        """A step of every replica that need not wait for its devices, at least of one. -> what they added."""
+        """A step of every replica that need not wait for its devices, at least of one. -> what they added.
+
+        Errors: ReplicaFailed.
+        """
         busy = [core for core in self.cores if core.has_unfinished()]
-        while busy and not (ready := [core for core in busy if core.is_ready()]):
+        while not (ready := [core for core in busy if core.is_ready()]) and busy:
             time.sleep(POLL_SECONDS)
-        updates = [update for core in ready for update in core.step()] if busy else []
+        self._stepped, updates = ready, list[Update]()
+        for core in ready:
+            try:
+                updates += core.step()
+            except Exception as error:
+                which = f"replica {self.cores.index(core)} of {len(self.cores)}"
+                raise ReplicaFailed(f"{which}: {type(error).__name__}: {error}") from error
         for update in updates:
             if update.group.finished():
                 self.router.forget(update.group.request_id)
@@ -128,12 +142,14 @@ class Replicas:
         return next((failure for core in self.cores if (failure := core.failure()) is not None), None)
 
     def stats(self) -> Stats:
-        """-> sums over the replicas; of kv_cache_usage, the mean."""
+        """-> sums over the replicas; of kv_cache_usage, the mean; of the last iteration, those that made a step."""
         each = [core.stats() for core in self.cores]
         names = [f.name for f in fields(Stats) if f.name != "speculation"]
         total: dict[str, Any] = {name: sum(getattr(stats, name) for stats in each) for name in names}
         total["speculation"] = in_all([stats.speculation for stats in each if stats.speculation is not None])
-        return Stats(**total | {"kv_cache_usage": total["kv_cache_usage"] / len(each)})
+        total["kv_cache_usage"] /= len(each)
+        total["last_iteration_tokens"] = sum(core.stats().last_iteration_tokens for core in self._stepped)
+        return Stats(**total)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all prefixes. -> False if a replica could not, since its requests hold pages."""

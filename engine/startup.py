@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.hosts.follower import Follower
 from engine.hosts.join import Peers, follow, identity, joined
+from engine.hosts.wire import HostLost
 from engine.kv_scales import wanted, with_scales
 from engine.memory import limit_gpu_pool, ram_bytes
 from engine.models.config import ModelConfig
@@ -42,28 +43,30 @@ def print_report(line: str) -> None:
     print(f"quire: {line}", file=sys.stderr, flush=True)
 
 
-def start(config: EngineConfig, report: Callable[[str], None] = print_report) -> Engine:
+def start(config: EngineConfig, report: Callable[[str], None] = print_report, *, together: bool = False) -> Engine:
     """-> the engine, compiled and ready. Errors: ValueError that names the setting, file or tensor at fault.
 
     In every process but the first of several, this does not return: it follows the first one, then ends the process.
+    It does return if all processes are to make their calls `together` (hosts.calls).
     """
     _make_cpu_devices(config)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it names each absent backend
     if config.num_processes is None:
-        return _start(config, None, report)
+        return _start(config, None, together, report)
     with joined(config, report) as peers:
-        engine = _start(config, peers, report)
+        engine = _start(config, peers, together, report)
         peers.agree(1)  # everybody has loaded and compiled
         peers.is_ready = True
-        if isinstance(peers, Follower):
+        if isinstance(peers, Follower) and not together:
             assert isinstance(engine, EngineCore)
             report(f"process {config.process_id} follows process 0")
-            follow(peers, engine.runner.execute)
+            if (message := follow(peers, engine.runner.execute)) is not None:
+                raise HostLost(f"process 0 said {message!r:.80}, and no command")
             sys.exit(0)
         return engine
 
 
-def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], None]) -> Engine:
+def _start(config: EngineConfig, peers: Peers | None, together: bool, report: Callable[[str], None]) -> Engine:
     cache = None if peers else _cache_folder(config)
     limit_gpu_pool(config)
     dummy = config.load_format == "dummy"
@@ -71,7 +74,7 @@ def _start(config: EngineConfig, peers: Peers | None, report: Callable[[str], No
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
     model = checkpoint.config if checkpoint else read_config(path)
     if peers is not None:
-        peers.compare(identity(config, path))
+        peers.compare(identity(config, path, together))
     platform = jax.devices()[0].platform
     resolved = config.resolve(model_max_len=model.max_model_len, platform=platform)
     model = replace(model, max_model_len=resolved.max_model_len)  # some rope scalings ask how long a sequence may get

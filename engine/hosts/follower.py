@@ -14,9 +14,9 @@ from engine.hosts.wire import Channel, HostLost, prove
 
 
 class Follower:
-    """A connection to the leader. `on_loss` is called in a thread of its own as soon as that is lost."""
+    """A connection to the leader. `on_loss` is called, maybe in a thread of its own, as soon as all is lost."""
 
-    def __init__(self, address: tuple[str, int], secret: bytes, number: int, on_loss: Callable[[HostLost], None]):
+    def __init__(self, address: tuple[str, int], secret: bytes, number: int, on_loss: Callable[[Exception], None]):
         """Connect, as soon as the leader listens. Errors: HostLost."""
         self._channel = Channel(_connect(address, secret, number), "process 0")
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -30,8 +30,15 @@ class Follower:
         """Tell the leader what we run. Errors: HostLost if it refuses."""
         self.answer(dict(own))
         message = self.next()
-        if not isinstance(message, dict) or "welcome" not in message:
-            raise HostLost(str(message.get("refused") if isinstance(message, dict) else message))
+        match message:
+            case {"welcome": True}:
+                return
+            case {"refused": why}:
+                raise HostLost(str(why))
+            case None:
+                raise HostLost("process 0 has ended")
+            case _:
+                raise HostLost(f"process 0 said {message!r:.80}, and not whether we are welcome")
 
     def agree(self, value: int) -> int:
         """-> the least of every process's value."""
@@ -45,6 +52,14 @@ class Follower:
         """-> what the leader says next; None when it lets us go."""
         message = self._messages.get()
         return None if isinstance(message, dict) and "bye" in message else message
+
+    def fail(self, error: Exception) -> None:
+        """We cannot go on: to the leader this is the end of the connection."""
+        self._on_loss(error)
+
+    def is_over(self) -> bool:
+        """-> whether the leader has let us go, or refused us."""
+        return self._ended
 
     def _listen(self) -> None:
         try:

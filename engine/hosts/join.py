@@ -57,6 +57,8 @@ def joined(config: EngineConfig, report: Callable[[str], None]) -> Iterator[Peer
 def _join(config: EngineConfig, report: Callable[[str], None]) -> Peers:
     assert config.control_address and config.secret_file and config.process_id is not None and config.num_processes
     address, secret = parse_address("control_address", config.control_address), read_secret(config.secret_file)
+    if jax.distributed.is_initialized():
+        raise ValueError("num_processes: this process has joined others before, and can do so only once")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
     jax.distributed.initialize(
         config.coordinator_address, config.num_processes, config.process_id,
@@ -79,12 +81,14 @@ def _end(process_id: int | None, error: Exception, report: Callable[[str], None]
     os._exit(1)
 
 
-def identity(config: EngineConfig, checkpoint: Path) -> dict[str, str]:
-    """-> what must be the same in every process: versions, sources, settings, and the checkpoint's contents."""
+def identity(config: EngineConfig, checkpoint: Path, together: bool) -> dict[str, str]:
+    """-> what must be the same in every process: versions, sources, settings, the checkpoint's contents, and whether
+    all make calls `together` or only process 0 does."""
     settings = {f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in OWN_SETTINGS}
     versions = {name: version(name) for name in ("jax", "jaxlib", "numpy")}
     sources = {"quire's sources": source_hash(), "the checkpoint": checkpoint_hash(checkpoint)}
-    return versions | {"python": sys.version.split()[0]} | sources | settings
+    program = {"its program": "LLM, whose calls all make" if together else "one that process 0 alone is asked by"}
+    return versions | {"python": sys.version.split()[0]} | sources | program | settings
 
 
 def checkpoint_hash(path: Path) -> str:
@@ -116,7 +120,15 @@ def decode(message: Any) -> tuple[str, list[np.ndarray]]:
         raise HostLost(f"process 0 sent no command: {error}") from None
 
 
-def follow(follower: Follower, execute: Callable[[str, list[np.ndarray]], Any]) -> None:
-    """Do what the leader does with its devices, until it lets us go."""
-    while (message := follower.next()) is not None:
-        execute(*decode(message))
+def follow(follower: Follower, execute: Callable[[str, list[np.ndarray]], Any]) -> dict[str, Any] | None:
+    """Do what the leader does with its devices, until it says something else. -> that; None if it lets us go.
+
+    Any error on the way ends the process.
+    """
+    try:
+        while not isinstance(message := follower.next(), dict | None):
+            execute(*decode(message))
+        return message
+    except Exception as error:
+        follower.fail(error)
+        raise

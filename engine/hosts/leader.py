@@ -110,6 +110,10 @@ class Leader:
         if self.failure is not None:
             raise self.failure
 
+    def is_over(self) -> bool:
+        """-> whether the followers have been let go, or something has failed."""
+        return self._closed or self.failure is not None
+
     def close(self) -> None:
         """Let the followers end: with status 0 if they have once been ready, and nothing has failed."""
         if not self._closed and self.failure is None and self.is_ready:
@@ -150,15 +154,15 @@ class Leader:
             if self.failure is None:
                 self.failure = error
                 self._changed.notify_all()
-                ending = threading.Timer(END_SECONDS, self._end)
+                ending = threading.Timer(END_SECONDS, self.end)
                 ending.daemon = True
                 ending.start()
         for channel in self._channels.values():
             channel.close()
         return self.failure
 
-    def _end(self) -> None:
-        """End a process that has not ended by itself: a thread of it may be waiting for devices that are lost."""
+    def end(self) -> None:
+        """End a process that does not end by itself: a thread of it may be waiting for devices that are lost."""
         self._report(f"process 0 ends: {self.failure}")
         os._exit(1)
 

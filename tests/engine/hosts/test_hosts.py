@@ -225,10 +225,10 @@ def test_settings_that_differ_between_hosts_on_purpose_are_not_compared(tmp_path
         EngineConfig(model="m", process_id=i, control_address=f"host{i}:2", **given)  # pyright: ignore
         for i in range(2)
     ]
-    one, other = (identity(config, tmp_path / "model") for config in configs)
+    one, other = (identity(config, tmp_path / "model", together=True) for config in configs)
     assert first_difference(one, other) is None
     (tmp_path / "model" / "weights").write_bytes(b"w" * 99 + b"x")
-    assert first_difference(one, identity(configs[1], tmp_path / "model"))[0] == "the checkpoint"  # pyright: ignore
+    assert first_difference(one, identity(configs[1], tmp_path / "model", together=True))[0] == "the checkpoint"  # pyright: ignore
 
 
 def test_a_checkpoints_hash_sees_names_sizes_and_both_ends(tmp_path):

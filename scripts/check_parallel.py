@@ -1,0 +1,82 @@
+"""Are a model's answers on meshes of virtual CPU devices those of one device? Greedy, float32, one row for each mesh.
+
+python scripts/check_parallel.py [--model PATH] [--meshes 2x1x1 2x2x1 ...] [--tokens 32]
+
+A mesh is TPxPPxDP, with an e behind it for whole experts on devices. Ends with status 1 if any answer differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from engine import LLM, SamplingParams
+from engine.weights.default_model import default_model
+
+ONE = "1x1x1"
+MESHES = ["2x1x1", "4x1x1", "8x1x1", "1x2x1", "1x4x1", "1x1x2", "2x2x1", "2x4x1", "4x2x1", "2x1x2", "1x2x2", "2x2x2"]
+STORY = (
+    "Once upon a time there was a small village at the foot of a mountain, where a clockmaker kept one clock for each "
+    "of the houses. Every evening he climbed the hill to the church, wound the great clock in its tower, and listened "
+    "until it struck. "
+)
+PROMPTS = [
+    "The", "Water boils at", "1, 1, 2, 3, 5, 8,", "def is_prime(n: int) -> bool:\n", "The capital of France is",
+    "Translate into French: good morning, my dear friend.", "Roses are red, violets are blue,",
+    '{"name": "Ann", "age": 31, "children": [', "A short history of the printing press begins in the city of Mainz, ",
+    STORY + "One evening it struck thirteen.", STORY + "Nobody knew his name.", STORY * 3 + "In the end,",
+]  # fmt: skip
+
+
+def answers(model: str, mesh: str, tokens: int) -> list[list[int]]:
+    """-> the tokens that follow each prompt."""
+    tensor, pipeline, data = map(int, mesh.rstrip("e").split("x"))
+    with tempfile.TemporaryDirectory() as cache:
+        llm = LLM(
+            model=model, dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=320, block_size=16,
+            num_gpu_blocks_override=120, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline,
+            data_parallel_size=data, enable_expert_parallel=mesh.endswith("e"), compilation_cache_dir=cache,
+        )  # fmt: skip
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        return [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+
+def first_difference(ours: list[list[int]], theirs: list[list[int]]) -> str:
+    for i, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        for at, (a, b) in enumerate(zip(own, other, strict=True)):
+            if a != b:
+                return f"prompt {i}, token {at}: {b} instead of {a}"
+    return "-"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--meshes", nargs="+", default=MESHES)
+    parser.add_argument("--tokens", type=int, default=32)
+    options = parser.parse_args()
+    sizes = [math.prod(map(int, mesh.rstrip("e").split("x"))) for mesh in options.meshes]
+    jax.config.update("jax_num_cpu_devices", max(sizes))
+    model, wrong = str(options.model or default_model()), 0
+    one = answers(model, ONE, options.tokens)
+    print("| TP x PP x DP | prompts answered alike | first difference | seconds |\n|---|---|---|---|", flush=True)
+    for mesh in options.meshes:
+        gc.collect()
+        began = time.monotonic()
+        found = answers(model, mesh, options.tokens)
+        same = sum(a == b for a, b in zip(one, found, strict=True))
+        wrong += same < len(one)
+        difference, seconds = first_difference(one, found), time.monotonic() - began
+        print(f"| {mesh} | {same} of {len(one)} | {difference} | {seconds:.0f} |", flush=True)
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -100,9 +100,16 @@ def _gptq(where: str, source: str, config: Mapping[str, Any], tensors: Tensors) 
 
 
 def _compressed(where: str, source: str, config: Mapping[str, Any], tensors: Tensors) -> Mapping[str, StoredTensor]:
-    """The formats of Neural Magic's compressed-tensors that store whole weights in 8 or 4 bits."""
+    """The formats of Neural Magic's compressed-tensors that store whole weights in 8 or 4 bits.
+
+    Not those whose activations are rotated between products (transform_config), which the tensors do not show.
+    """
     formats = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
-    _require(where, config, format=formats)
+    _require(where, config, format=formats, transform_config=({}, None))
+    sparsity = config.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict):
+        raise ValueError(f"{where}: sparsity_config must be an object, got {sparsity!r:.80}")
+    _require(f"{where}: sparsity_config", sparsity, format=("dense", None))
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(group := next(iter(groups.values())), dict):
         raise ValueError(f"{where}: config_groups must hold one group of weights, got {groups!r:.80}")

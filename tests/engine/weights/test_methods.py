@@ -209,6 +209,15 @@ def refused(tmp_path: pathlib.Path, make, config: dict, change=lambda tensors: N
         (compressed("nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized' is not supported"),
         (compressed("int-quantized", num_bits=8, type="int", strategy="group"), "strategy 'group' is not supported"),
         (METHODS["pack-quantized"][1] | {"config_groups": {}}, "config_groups must hold one group"),
+        (
+            METHODS["pack-quantized"][1] | {"transform_config": {"config_groups": {"R4": {}}}},
+            "transform_config {'config_groups': {'R4': {}}} is not supported",
+        ),
+        (
+            METHODS["pack-quantized"][1] | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config: format 'sparse-24-bitmask' is not supported",
+        ),
+        (METHODS["pack-quantized"][1] | {"sparsity_config": "dense"}, "sparsity_config must be an object, got 'dense'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path: pathlib.Path, config, message: str):

@@ -1,11 +1,10 @@
 """Whether SmolLM2-135M answers 100 prompts greedily with the same tokens whoever drafts for it.
 
-    python scripts/check_speculation.py [--model FILE.gguf] [--methods ngram suffix draft_model eagle3 mtp] [--prompts 100]
+    python scripts/check_speculation.py [--model FILE.gguf] [--methods ngram suffix draft_model itself eagle3 mtp]
 
-Draft model and heads have random weights: their drafts are hardly ever right, and must do no harm. For `draft_model` the
-model may draft for itself too (`itself`): then nearly all are right. The MTP head is the last layer once more, in a
-folder that the model's weights are written to, for no GGUF file has one; the folder without drafts must answer as the
-file does.
+Draft model and heads have random weights: their drafts are hardly ever right, and must do no harm. With `itself` the
+model is its own draft model: then nearly all are right. The MTP head is the last layer once more, in a folder that the
+model's weights are written to, for no GGUF file has one; the folder without drafts must answer as the file does.
 """
 
 from __future__ import annotations

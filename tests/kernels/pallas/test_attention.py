@@ -66,8 +66,8 @@ def test_kernel_agrees_with_the_reference(case: Case, dtype: str):
 
 # A limit of 1e-2 in bfloat16 is meant for outputs of order one: below 2 an output is rounded by up to 3.9e-3, and the
 # weights, of which the largest is 1 and the next may be off by 2.0e-3, move it by up to as much again; the rest is for
-# rounded queries. From 2 on its own rounding is up to 7.8e-3, from 4 on more than the limit. So values are cut such that
-# what is stored is below 2 in every format: e5m2 rounds by up to an eighth.
+# rounded queries. From 2 on its own rounding is up to 7.8e-3, from 4 on more than the limit. So values are cut such
+# that what is stored is below 2 in every format: e5m2 rounds by up to an eighth.
 LARGEST = {"float32": np.inf, "bfloat16": 1.75}
 
 

@@ -24,6 +24,7 @@ class Case:
     sinks: bool = False
     kv_dtype: str | None = None  # the query's, unless given
     kv_scales: bool = False
+    largest_value: float = np.inf  # to which values are cut; keys and queries are not
 
 
 def _spec(kv_heads: int = 2, group: int = 3, head_dim: int = 64, **options) -> AttentionSpec:
@@ -80,7 +81,7 @@ def run(
 
     rand = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     keys = [rand(n, spec.num_kv_heads, spec.head_dim) for n in lens]
-    values = [rand(n, spec.num_kv_heads, spec.head_dim) for n in lens]
+    values = [rand(n, spec.num_kv_heads, spec.head_dim).clip(-case.largest_value, case.largest_value) for n in lens]
     total = int(counts.sum())
     q = rand(total, spec.num_kv_heads, spec.group, spec.head_dim)
     tokens = total + (spare_tokens if max(counts) > 1 else spare_rows)

@@ -64,11 +64,19 @@ def test_kernel_agrees_with_the_reference(case: Case, dtype: str):
     agree(case, dtype)
 
 
+# A limit of 1e-2 in bfloat16 is meant for outputs of order one: below 2 an output is rounded by up to 3.9e-3, and the
+# weights, of which the largest is 1 and the next may be off by 2.0e-3, move it by up to as much again; the rest is for
+# rounded queries. From 2 on its own rounding is up to 7.8e-3, from 4 on more than the limit. So values are cut such
+# that what is stored is below 2 in every format: e5m2 rounds by up to an eighth.
+LARGEST = {"float32": np.inf, "bfloat16": 1.75}
+
+
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_options_together(data):
     """Options that have a case of their own above, in any combination, for rows of any lengths."""
     draw = lambda *choices: data.draw(st.sampled_from(choices))
+    dtype = draw("bfloat16", "float32")
     heads = draw(1, 2, 4), draw(1, 2, 3, 4), draw(64, 80, 96, 128, 192, 256)
     options = spec(*heads, window=draw(None, 1, 50, 300), soft_cap=draw(None, 5.0))
     before = st.integers(0, 700)
@@ -77,7 +85,7 @@ def test_any_options_together(data):
     kv_dtype = draw(None, "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2", "int8")
     scales = kv_dtype == "int8" or (kv_dtype is not None and data.draw(st.booleans()))
     page, sinks = draw(8, 16, 32, 64, 128, 256), data.draw(st.booleans())
-    agree(Case("any", options, tuple(rows), page, sinks, kv_dtype, scales), "float32")
+    agree(Case("any", options, tuple(rows), page, sinks, kv_dtype, scales, LARGEST[dtype]), dtype)
 
 
 PAGE, PAGES, TOKENS, SIZES = 64, 220, 64, spec(1, 2, 64)

@@ -22,6 +22,7 @@ from engine.speculation.rows import Rows
 from engine.speculative_config import SpeculativeConfig
 from engine.weights.load import load_params, open_checkpoint
 from kernels.attention import BACKENDS, RaggedBatch
+from sharding.axes import ALONE
 from tests.engine.speculation import folders
 from tests.engine.speculation.layouts import Eagle3, Mtp, Target, Tensors, drafts
 
@@ -101,6 +102,7 @@ def computed(
         outputs, caches = heads.observe(
             drafter, model, backend, params, zeros(drafter.model), jnp.zeros((R, model.hidden_size)), hidden, taps,
             tables.tokens, jnp.asarray(slots), jnp.asarray(positions), batch, jnp.arange(R), jnp.asarray(ends - 1),
+            ALONE,
         )  # fmt: skip
         found, chosen = [], []
 
@@ -111,7 +113,7 @@ def computed(
 
         lengths = jnp.asarray(counts + 1, jnp.int32)
         rows = Rows(jnp.arange(R, dtype=jnp.int32), lengths, jnp.full(R, length, jnp.int32), jnp.asarray(table))
-        heads.propose(drafter, model, backend, PAGE, params, caches, rows, outputs, K, tables, choose)
+        heads.propose(drafter, model, backend, PAGE, params, caches, rows, outputs, K, tables, choose, ALONE)
         return found, chosen, logits(model, params, hidden[ends - 1])
 
     return jax.tree.map(np.asarray, look(params))

@@ -12,10 +12,11 @@ from kernels.cuda import hopper_narrow
 from kernels.cuda.activations import narrow
 from kernels.cuda.matrix import Tile
 from kernels.cuda.narrow import narrow_product
-from kernels.cuda.packed import packed_product, supports
+from kernels.cuda.packed import LEAST, packed_product, supports
 from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
 from kernels.tuned import file_name, found_for
 
+DEPTH = 128  # inputs of a turn, where so many divide all
 THIN = 64  # tokens up to which reading the weight takes longest
 FEW_OUTPUTS = 8192  # of which tiles of 64 are fewer than a large GPU's multiprocessors
 SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor that a program may have
@@ -50,7 +51,8 @@ def default_plan(kind: str, M: int, N: int, K: int, group: int) -> Plan:
 
     Few tokens: a weight with few outputs is split over its inputs, so that every multiprocessor has some of it.
     """
-    if (kind == CHANNEL and M > 16) or (kind == PACKED and M > 128):
+    depth = min(DEPTH, K & -K)  # weights of 4 bits are cut in turns of their own
+    if (kind == CHANNEL and (M > 16 or depth < LEAST)) or (kind == PACKED and M > 128):
         return Plan("library")
     splits = 4 if N <= FEW_OUTPUTS and K % (4 * 256) == 0 else 1
     if kind == BLOCK and group == hopper_narrow.BLOCK and (THIN if splits > 1 else 16) < M and on_hopper():
@@ -60,9 +62,9 @@ def default_plan(kind: str, M: int, N: int, K: int, group: int) -> Plan:
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
     if M > THIN:
         return Plan(
-            "triton", Tile(rows, 64, 128, warps=8, stages=2) if kind == PACKED else Tile(rows, 128, 128, 1, 8, 3)
+            "triton", Tile(rows, 64, depth, warps=8, stages=2) if kind == PACKED else Tile(rows, 128, depth, 1, 8, 3)
         )
-    return Plan("triton", Tile(rows, 64, 128, splits, stages=5 if rows == 16 else 4))
+    return Plan("triton", Tile(rows, 64, depth, splits, stages=5 if rows == 16 else 4))
 
 
 def dtype_name(weight: QuantizedTensor) -> str:

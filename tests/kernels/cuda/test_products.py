@@ -27,7 +27,7 @@ from kernels.cuda.product import (
     tuned_plan,
 )
 from kernels.product import how_multiplied, reference
-from kernels.quantized import quantize_activations
+from kernels.quantized import Layout, quantize, quantize_activations
 from tests.kernels.cuda.test_lowering import H200
 from tests.kernels.weights import FORMATS, random_weight
 
@@ -125,6 +125,14 @@ def test_default_plans_cut_products_into_whole_turns(kind, count):
         assert plan.kernel in KERNELS
         turn = 256 if kind == PACKED else plan.tile.depth  # two numbers in each byte of a run of 128
         assert plan.kernel == "library" or inputs % (turn * plan.tile.splits) == 0
+
+
+@pytest.mark.parametrize("layout", [Layout("fp8", 64, 64, "token_group"), Layout("fp8", activations="token")])
+def test_default_plans_take_inputs_that_128_does_not_divide(layout):
+    weight, x = quantize(jnp.asarray(np.random.default_rng(2).standard_normal((128, 576))), layout), tokens(8, 576)
+    plan = default_plan(kind_of(weight) or "", 8, 128, 576, 576 // weight.scales.shape[1])
+    assert plan.kernel == "triton"
+    assert relative(multiply(x, weight, float32, plan, interpret=True), reference(x, weight, float32)) < 3e-3
 
 
 def test_hoppers_kernel_is_not_asked_for_float32():

@@ -51,6 +51,11 @@ def first_tokens(plan: StepPlan) -> list[int]:
     return [0, *itertools.accumulate(1 + row.drafts for row in plan.rows)][: len(plan.rows)]
 
 
+def _shape_of(numbers: np.ndarray) -> StepShape:
+    rows, tokens, plain, drafts, follows = numbers.tolist()
+    return StepShape(rows, tokens, bool(plain), drafts, bool(follows))
+
+
 class Launched(NamedTuple):
     """A step that the device is computing."""
 
@@ -101,6 +106,7 @@ class Runner:
         self._prepare_slots()
         if drafter is not None and drafter.config.method == "draft_model":
             self._fills = compiler.fills(self.state, self.num_pages)
+            self.operations["fill"] = self._run_fill
         self.step_seconds = self._measure() if drafter is not None and drafter.config.adaptive else {}
         compiler.keep()
 
@@ -123,9 +129,7 @@ class Runner:
         copy = compiled(copy, (self.layout.of_each, of_all), both, ints(COPIES), ints(COPIES))
 
         def run_step(shape: np.ndarray, flat: np.ndarray) -> StepOutput:
-            rows, tokens, plain, drafts, follows = shape.tolist()
-            executable = self.executables[StepShape(rows, tokens, bool(plain), drafts, bool(follows))]
-            self.state, output = executable(self.params, self.state, flat)
+            self.state, output = self.executables[_shape_of(shape)](self.params, self.state, flat)
             return output
 
         def run_write_pages(slots: np.ndarray, rows: np.ndarray) -> None:
@@ -159,10 +163,16 @@ class Runner:
                     left.appendleft(replace(row, start=row.start + count, count=row.count - count))
             part.rows.sort(key=lambda row: row.count > 1)
             shape = min(shape for shape in self._fills if shape.tokens >= part.num_tokens)
-            self.state = self._fills[shape](self.params, self.state, self.builder.build(part, shape))
+            self.dispatch("fill", np.array(shape, np.int32), self.builder.build(part, shape))
+
+    def _run_fill(self, shape: np.ndarray, flat: np.ndarray) -> None:
+        self.state = self._fills[_shape_of(shape)](self.params, self.state, flat)
 
     def _measure(self) -> dict[StepShape, float]:
-        """-> seconds that each step of decodes takes, with drafts and without, made with nothing but padding."""
+        """-> seconds that each step of decodes takes, with drafts and without, made with nothing but padding.
+
+        All processes do this as they start, so that none tells the others.
+        """
         seconds = {}
         for shape in self.shapes:
             if shape.rows != shape.tokens and not shape.drafts:
@@ -172,7 +182,7 @@ class Runner:
             times = []
             for _ in range(MEASURED_RUNS):
                 started = time.perf_counter()
-                output = self.dispatch("step", np.array(shape, np.int32), flat)
+                output = self.execute("step", [np.array(shape, np.int32), flat])
                 self.fetch(output.sampled.token)
                 times.append(time.perf_counter() - started)
             seconds[shape] = min(times)

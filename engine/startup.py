@@ -98,8 +98,6 @@ def _start(config: EngineConfig, peers: Peers | None, together: bool, report: Ca
     scaled = wanted(model, resolved.kv_cache_dtype, kv_scales)
     drafter = draft = None
     if config.speculative_config is not None:
-        if peers is not None:
-            raise ValueError("speculative_config: is for one process so far; leave num_processes out")
         spec = read_speculative_config(config.speculative_config)
         draft = open_draft(spec, model, checkpoint, dummy=dummy)
         drafter = draft.drafter

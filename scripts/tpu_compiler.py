@@ -55,10 +55,12 @@ def mesh_of(generation: str, size: int = 1) -> Any:
     return Mesh(np.array(topology.devices[:size]), ("model",))
 
 
-def compile_for(mesh: Any, jitted: Any, static: tuple[Any, ...], arguments: Any) -> tuple[Any, float]:
+def compile_for(
+    mesh: Any, jitted: Any, static: tuple[Any, ...], arguments: Any, options: dict[str, Any] | None = None
+) -> tuple[Any, float]:
     """jitted(*static, *arguments), where arguments are trees of shapes -> the executable and the seconds it took.
 
-    A shape without a sharding is on every device of the mesh.
+    A shape without a sharding is on every device of the mesh. `options`: the compiler's.
     """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -69,4 +71,4 @@ def compile_for(mesh: Any, jitted: Any, static: tuple[Any, ...], arguments: Any)
     started = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it which generation it is
         lowered = jitted.trace(*static, *shapes).lower()
-    return lowered.compile(), time.perf_counter() - started
+    return lowered.compile(options), time.perf_counter() - started

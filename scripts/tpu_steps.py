@@ -32,13 +32,16 @@ STEPS = {"decode of 256": StepShape(256, 256), "prefill of 2048": StepShape(8, 2
 MOVES = ("copy", "transpose", "pad", "reshape")
 
 
-def compile_step(config: ModelConfig, mesh: Mesh, shape: StepShape, expert_parallel: bool = False) -> tuple[Any, float]:
-    """-> the executable of a step on a mesh (stage, model), and the seconds it took."""
+def compile_step(
+    config: ModelConfig, mesh: Mesh, shape: StepShape, expert_parallel: bool = False,
+    options: dict[str, Any] | None = None,
+) -> tuple[Any, float]:  # fmt: skip
+    """-> the executable of a step on a mesh (stage, model), and the seconds it took. `options`: the compiler's."""
     layout, backend = StepLayout(config, mesh, expert_parallel), BACKENDS["tpu"]
     state = layout.state(backend, PAGES, PAGE, ("bfloat16", "bfloat16"), 256, LENGTH)
     run = jax.jit(StepLayout.step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
     arguments = layout.params("bfloat16"), state, layout.flat(shape)
-    return compile_for(mesh, run, (layout, backend, PAGE, shape), arguments)
+    return compile_for(mesh, run, (layout, backend, PAGE, shape), arguments, options)
 
 
 def moved_operands(text: str) -> dict[str, str]:

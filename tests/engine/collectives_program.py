@@ -1,12 +1,13 @@
 """Run by tests in a process with 8 CPU devices: compiles a step for meshes and prints what its text tells.
 
-python -m tests.engine.collectives_program FOLDER TOKENS TPxPP... prints a JSON object by mesh.
+python -m tests.engine.collectives_program [LAYERS,TOKENS,TPxPP]... prints a JSON list.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from kernels.attention import BACKENDS
 from sharding.mesh import replica_meshes
 from sharding.pipeline import rotate
 
-TINY = Path(__file__).parents[1] / "data" / "tiny"
+TINY = Path(__file__).parents[1] / "data" / "tiny" / "llama3"
 ROWS, PAGE, PAGES, LENGTH = 4, 16, 8, 64
 
 
-def compiled(folder: str, tokens: int, mesh: str) -> dict[str, Any]:
+def compiled(layers: int, tokens: int, mesh: str) -> dict[str, Any]:
     tensor, pipeline = map(int, mesh.split("x"))
-    layout = StepLayout(read_config(TINY / folder), replica_meshes(jax.devices(), tensor, pipeline)[0])
+    config = read_config(TINY)
+    config = replace(config, layers=config.layers[:1] * layers)
+    layout = StepLayout(config, replica_meshes(jax.devices(), tensor, pipeline)[0])
     backend, shape = BACKENDS["xla"], StepShape(ROWS, tokens, plain=True)
     state = layout.state(backend, PAGES, PAGE, ("float32", "float32"), ROWS, LENGTH)
     run = jax.jit(StepLayout.step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
@@ -49,5 +52,5 @@ def busy(stages: int, layout: StepLayout) -> list[int]:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
-    folder, tokens, *meshes = sys.argv[1:]
-    json.dump({mesh: compiled(folder, int(tokens), mesh) for mesh in meshes}, sys.stdout)
+    cases = [case.split(",") for case in sys.argv[1:]]
+    json.dump([compiled(int(layers), int(tokens), mesh) for layers, tokens, mesh in cases], sys.stdout)

@@ -1,6 +1,7 @@
 """Run by tests in a process with 8 CPU devices: a tiny model's answers on one device and on meshes of several.
 
-python parallel_program.py FOLDER TPxPPxDP[e]...   (e: whole experts on devices) prints a JSON object by mesh.
+python -m tests.engine.parallel_program FOLDER TPxPPxDP[e]...   (e: whole experts on devices) prints a JSON object by
+mesh. FOLDER is in tests/data/tiny, or a path; without weights they are random.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ def answers(folder: str, mesh: str) -> dict:
     from engine import LLM, SamplingParams
 
     tensor, pipeline, data = map(int, mesh.rstrip("e").split("x"))
+    has_weights = (TINY / folder / "model.safetensors").exists()
     llm = LLM(
-        model=str(TINY / folder), skip_tokenizer_init=True, max_num_seqs=2, max_num_batched_tokens=16,
-        max_model_len=128, num_gpu_blocks_override=24, block_size=16, tensor_parallel_size=tensor,
-        pipeline_parallel_size=pipeline, data_parallel_size=data, enable_expert_parallel=mesh.endswith("e"),
+        model=str(TINY / folder), load_format="auto" if has_weights else "dummy", skip_tokenizer_init=True,
+        max_num_seqs=2, max_num_batched_tokens=16, max_model_len=128, num_gpu_blocks_override=24, block_size=16,
+        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data,
+        enable_expert_parallel=mesh.endswith("e"),
     )  # fmt: skip
     prompts = json.loads((TINY / folder / "goldens.json").read_text())["prompts"][:3]
     given = [{"prompt_token_ids": prompt} for prompt in [*prompts, prompts[0]]]  # the last finds a prefix

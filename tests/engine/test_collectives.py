@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.weights.load import read_config
+from tests.engine.processes import run_module
 
-ROOT = Path(__file__).parents[2]
+LAYERS, STAGES = 2, 4
 
 
-def compiled(folder: str, tokens: int, mesh: str) -> dict[str, Any]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.collectives_program", folder, str(tokens), mesh], cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)[mesh]
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """What a step of two devices that share LAYERS exchanges, and one of STAGES with a layer each."""
+    cases = [f"{LAYERS},8,2x1", f"{STAGES},64,1x{STAGES}"]
+    return run_module("tests.engine.collectives_program", *cases)
 
 
 def exchanged(found: dict[str, Any]) -> dict[tuple[str, str], int]:
@@ -35,20 +27,18 @@ def exchanged(found: dict[str, Any]) -> dict[tuple[str, str], int]:
     return counts
 
 
-def test_devices_that_share_layers_sum_twice_a_layer_and_never_within_attention():
-    layers = len(read_config(ROOT / "tests" / "data" / "tiny" / "llama3").layers)
-    found = compiled("llama3", tokens=8, mesh="2x1")
-    assert exchanged(found) == {
+def test_devices_that_share_layers_sum_twice_a_layer_and_never_within_attention(compiled):
+    assert exchanged(compiled[0]) == {
         ("all-reduce", "embed"): 1,
-        ("all-reduce", "attention"): layers,  # behind it: attention itself is "attend"
-        ("all-reduce", "mlp"): layers,
+        ("all-reduce", "attention"): LAYERS,  # behind it: attention itself is "attend"
+        ("all-reduce", "mlp"): LAYERS,
         ("all-to-all", "sample"): 1,  # logits change hands
         ("all-gather", "sample"): 1,  # and tokens
     }
 
 
-def test_stages_hand_each_micro_batch_on_once_and_are_idle_in_three_of_eleven_turns():
-    found = compiled("smollm3", tokens=64, mesh="1x4")
+def test_stages_hand_each_micro_batch_on_once_and_are_idle_in_three_of_eleven_turns(compiled):
+    found = compiled[1]
     assert exchanged(found) == {
         ("collective-permute", ""): 11,
         ("all-reduce", "embed"): 1,

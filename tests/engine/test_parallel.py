@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.engine.processes import ROOT, run_module
+
+LLAMA = ROOT / "tests" / "data" / "tiny" / "llama3"
 
 
 @pytest.mark.parametrize(
-    ("folder", "meshes"),
+    ("folder", "mesh"),
     [
-        ("olmo2", ["4x1x1"]),  # 2 KV heads for 4 devices, norms over all heads' width
-        ("gpt-oss", ["2x2x1e"]),  # 3 layers in 2 stages, windows beside full attention, sinks, whole experts
+        ("olmo2", "4x1x1"),  # 2 KV heads for 4 devices, norms over all heads' width
+        ("gpt-oss", "2x2x1e"),  # 3 layers in 2 stages, windows beside full attention, sinks, whole experts
     ],
 )
-def test_answers_on_a_mesh_are_those_of_one_device(folder: str, meshes: list[str]):
-    command = [sys.executable, "-m", "tests.engine.parallel_program", folder, "1x1x1", *meshes]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    one = found.pop("1x1x1")
+def test_answers_on_a_mesh_are_those_of_one_device(folder: str, mesh: str):
+    check(folder, mesh)
+
+
+def test_three_kv_heads_of_three_queries_are_padded_for_two_devices(tmp_path: Path):
+    shape = dict(num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=1)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((LLAMA / "config.json").read_text()) | shape))
+    (tmp_path / "goldens.json").write_text((LLAMA / "goldens.json").read_text())
+    check(str(tmp_path), "2x1x1")
+
+
+def check(folder: str, mesh: str) -> None:
+    found = run_module("tests.engine.parallel_program", folder, "1x1x1", mesh)
+    one, other = found["1x1x1"], found[mesh]
     assert one["hits"]
-    for mesh, other in found.items():
-        for exact in ("greedy", "drawn", "hits"):
-            assert other[exact] == one[exact], (mesh, exact)
-        assert other["likely"] == pytest.approx(one["likely"], abs=2e-4), mesh
-        for ours, theirs in zip(other["vectors"], one["vectors"], strict=True):
-            assert ours == pytest.approx(theirs, abs=2e-5), mesh
+    for exact in ("greedy", "drawn", "hits"):
+        assert other[exact] == one[exact], exact
+    assert other["likely"] == pytest.approx(one["likely"], abs=2e-4)
+    for ours, theirs in zip(other["vectors"], one["vectors"], strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5)

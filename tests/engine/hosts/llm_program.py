@@ -8,12 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from engine import LLM, RequestError, SamplingParams
 
-MODEL = Path(__file__).parents[2] / "data" / "tiny" / "llama3"
 PROMPTS: Any = [[5, 6, 7], [9] * 20, [1, 2, 3, 4], [9] * 20]
 
 
@@ -53,7 +51,7 @@ def short(llm: LLM, process_id: int) -> None:
 def main() -> None:
     settings, case = json.loads(sys.argv[1]), sys.argv[2]
     llm = LLM(
-        model=str(MODEL), skip_tokenizer_init=True, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=128,
+        load_format="dummy", skip_tokenizer_init=True, max_num_batched_tokens=16, max_model_len=128,
         num_gpu_blocks_override=24, block_size=16, **settings,
     )  # fmt: skip
     if case == "alike":

@@ -6,10 +6,8 @@ import json
 import pathlib
 from typing import Any
 
-import pytest
-
+from tests.engine.processes import run_module
 from tests.engine.speculation.test_generation import EAGLE3, SHAPE
-from tests.engine.weights.test_narrow_on_mesh import run
 
 MODEL = SHAPE | dict(num_hidden_layers=3, vocab_size=500, num_attention_heads=6, num_key_value_heads=3, head_dim=16)
 HEAD = EAGLE3 | dict(vocab_size=500, draft_vocab_size=300, eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 3]})
@@ -26,8 +24,10 @@ def settings(folder: pathlib.Path, method: str | None, **mesh: int) -> dict[str,
     return dict(model=str(folder / "model"), load_format="dummy", speculative_config=drafts if method else None, **mesh)
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle3"])  # what has pages of its own, and what reads all stages
-def test_drafts_are_as_right_on_a_mesh_as_on_one_device(tmp_path: pathlib.Path, method: str):
-    one, other = run([{"settings": settings(tmp_path, method, **mesh)} for mesh in ({}, MESH)])
-    assert other == one
-    assert one[1] > 0
+def test_drafts_are_as_right_on_a_mesh_as_on_one_device(tmp_path: pathlib.Path):
+    methods = "draft_model", "eagle3"  # what has pages of its own, and what reads all stages
+    cases = [{"settings": settings(tmp_path, method, **mesh)} for method in methods for mesh in ({}, MESH)]
+    found = run_module("tests.engine.weights.mesh_program", given=cases)
+    for method, one, other in zip(methods, found[::2], found[1::2], strict=True):
+        assert other == one, method
+        assert one[1] > 0, method

@@ -3,8 +3,8 @@
 python scripts/tpu_overlap.py [--case llama-70b-v6e-2x4] [--layers 4] [--step decode] [--options default offload]
 
 A row for each set of options: how many collectives are asynchronous, and the estimated cycles of what is scheduled
-between their starts and ends; how many are not, and the bytes that are on their way from HBM into VMEM during them;
-the estimated cycles of the whole step, to which the compiler adds none for collectives.
+between their starts and ends; how many are not; the bytes that are on their way from HBM into VMEM during either; the
+estimated cycles of the whole step, to which the compiler adds none for collectives.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Overlap(NamedTuple):
-    """`bytes_meanwhile`: of copies that begin before a synchronous collective and end behind it."""
+    """`bytes_meanwhile`: of copies that begin before a collective, or its start, and end behind it."""
 
     asynchronous: int
     hidden_cycles: int
@@ -66,22 +66,29 @@ def overlap(text: str) -> Overlap:
         cycles = int(estimated[1]) if estimated else 0
         found["cycles"] += cycles
         found["hidden_cycles"] += cycles if exchanging else 0
-        called = re.search(r"calls=%([\w.-]+)", line)
-        exchanges = re.search(KINDS, operation) or (called and re.search(KINDS, called[1]))
+        exchanges = re.search(KINDS, f"{name} {operation}" if operation.endswith("-start") else operation)
+        collectives = found["synchronous"] + found["asynchronous"]
         ended = re.search(r"-done\(.*?%([\w.-]+)", line)
         if operation.endswith("-start") and exchanges:
             exchanging.add(name)
             found["asynchronous"] += 1
         elif operation.endswith("-start"):
-            sizes = [size_of(f"{dtype}[{axes}]") for dtype, axes in re.findall(r"(\w+)\[([\d,]*)\]", kind)]
-            copies[name] = max(sizes), found["synchronous"]
+            copies[name] = into_vmem(operation, kind), collectives
         elif ended:
             exchanging.discard(ended[1])
             size, before = copies.pop(ended[1], (0, 0))
-            found["bytes_meanwhile"] += size if before < found["synchronous"] else 0
+            found["bytes_meanwhile"] += size if before < collectives else 0
         elif exchanges:
             found["synchronous"] += 1
     return Overlap(**found)
+
+
+def into_vmem(operation: str, kind: str) -> int:
+    """-> bytes that a copy-start or a slice-start of this type brings into VMEM, which is memory space 1."""
+    shapes = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", kind)
+    if operation == "copy-start":  # (destination, source, ...)
+        shapes = shapes[:1]
+    return sum(size_of(f"{dtype}[{axes}]") for dtype, axes, layout in shapes if "S(1)" in layout)
 
 
 def main() -> None:

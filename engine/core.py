@@ -54,6 +54,7 @@ class Stats:
     generation_tokens: int
     last_iteration_tokens: int
     speculation: SpeculationStats | None = None  # where the engine speculates
+    replicas: tuple[Stats, ...] = ()  # of each, where there are several
 
 
 class EngineCore:

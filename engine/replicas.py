@@ -142,14 +142,17 @@ class Replicas:
         return next((failure for core in self.cores if (failure := core.failure()) is not None), None)
 
     def stats(self) -> Stats:
-        """-> sums over the replicas; of kv_cache_usage, the mean; of the last iteration, those that made a step."""
+        """-> sums over the replicas; of kv_cache_usage, the mean; of the last iteration, those that made a step.
+
+        `replicas` has each one's own.
+        """
         each = [core.stats() for core in self.cores]
-        names = [f.name for f in fields(Stats) if f.name != "speculation"]
+        names = [f.name for f in fields(Stats) if f.name not in ("speculation", "replicas")]
         total: dict[str, Any] = {name: sum(getattr(stats, name) for stats in each) for name in names}
         total["speculation"] = in_all([stats.speculation for stats in each if stats.speculation is not None])
         total["kv_cache_usage"] /= len(each)
         total["last_iteration_tokens"] = sum(core.stats().last_iteration_tokens for core in self._stepped)
-        return Stats(**total)
+        return Stats(**total, replicas=tuple(each))
 
     def reset_prefix_cache(self) -> bool:
         """Forget all prefixes. -> False if a replica could not, since its requests hold pages."""

@@ -68,12 +68,13 @@ class Metrics:
         return family.labels(self._model_name)
 
     def collect(self) -> Iterator[Metric]:
-        """-> what the engine counted itself, for the registry."""
+        """-> what the engine counted itself, for the registry; each replica on its own, numbered by `engine`."""
         if self._stats is None:
             return
         for name, kind, attribute, text in _FROM_STATS:
-            metric = kind(PREFIX + name, text, labels=("model_name",))
-            metric.add_metric((self._model_name,), getattr(self._stats, attribute))
+            metric = kind(PREFIX + name, text, labels=("model_name", "engine"))
+            for number, stats in enumerate(self._stats.replicas or (self._stats,)):
+                metric.add_metric((self._model_name, str(number)), getattr(stats, attribute))
             yield metric
         if self._stats.speculation is not None:
             yield from self._of_speculation(self._stats.speculation)

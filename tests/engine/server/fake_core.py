@@ -61,6 +61,7 @@ class Stats:
         self.prompt_tokens, self.generation_tokens = core.prompt_tokens, core.generation_tokens
         self.last_iteration_tokens = self.num_running
         self.speculation = None  # it does not speculate
+        self.replicas = ()
 
 
 class FakeCore:

@@ -86,17 +86,17 @@ def test_metrics_count_requests_tokens_and_times():
     with serving() as server:
         server.complete(["x", "y"], max_tokens=3)
         server.complete("NAN")
-        wait_until(lambda: 'quire:num_requests_running{model_name="fake"} 0.0' in server.http.get("/metrics").text)
+        labels, own = '{model_name="fake"}', '{engine="0",model_name="fake"}'
+        wait_until(lambda: f"quire:num_requests_running{own} 0.0" in server.http.get("/metrics").text)
         text = server.http.get("/metrics").text
-        labels = '{model_name="fake"}'
         for line in (
-            f"quire:prompt_tokens_total{labels} 5.0",
-            f"quire:generation_tokens_total{labels} 6.0",
-            f"quire:num_requests_waiting{labels} 0.0",
-            f"quire:kv_cache_usage_perc{labels} 0.0",
-            f"quire:prefix_cache_queries_total{labels} 10.0",
-            f"quire:prefix_cache_hits_total{labels} 4.0",
-            f"quire:num_preemptions_total{labels} 1.0",
+            f"quire:prompt_tokens_total{own} 5.0",
+            f"quire:generation_tokens_total{own} 6.0",
+            f"quire:num_requests_waiting{own} 0.0",
+            f"quire:kv_cache_usage_perc{own} 0.0",
+            f"quire:prefix_cache_queries_total{own} 10.0",
+            f"quire:prefix_cache_hits_total{own} 4.0",
+            f"quire:num_preemptions_total{own} 1.0",
             f"quire:time_to_first_token_seconds_count{labels} 2.0",
             f"quire:inter_token_latency_seconds_count{labels} 4.0",
             f"quire:e2e_request_latency_seconds_count{labels} 2.0",

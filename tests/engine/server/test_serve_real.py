@@ -86,5 +86,5 @@ def test_more_requests_than_slots_are_all_answered_and_one_that_leaves_frees_its
     assert len(done) == 8
     assert len(set(done)) == 1
     wait_until(lambda: "quire:num_requests_running{" in (text := real.http.get("/metrics").text) and (
-        'quire:num_requests_running{model_name="smollm2"} 0.0' in text
+        'quire:num_requests_running{engine="0",model_name="smollm2"} 0.0' in text
     ))  # fmt: skip

@@ -89,7 +89,8 @@ class StepCompiler:
         self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
-        shapes = gpu_step_shapes if device.platform == "gpu" else step_shapes
+        one_row = bool(stored) and drafter is None
+        shapes = partial(gpu_step_shapes, one_row=one_row) if device.platform == "gpu" else step_shapes
         self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
         if drafter is not None:
             most = drafter.config.num_speculative_tokens

@@ -124,12 +124,16 @@ class StepCompiler:
         largest = [max(kind, key=lambda s: (s.tokens, s.rows, not s.plain)) for kind in kinds if kind]
         with ThreadPoolExecutor(1, "load") as loader:
             loading = loader.submit(load, layout.placed)
-            temporaries = 0
+            temporaries, free = 0, None
+            if self._platform == "gpu" and layout.plan:
+                # Quantizing left holes between the weights, which the allocator does not give to a cache.
+                jax.block_until_ready(loading.result())
+                free = device.memory_stats()["largest_free_block_bytes"]
             if self._platform != "cpu":  # where nothing depends on them
                 measure = lambda: self._temporaries_of_few_layers(largest)
                 temporaries = self._cache.get_number("temporaries", measure)
             while True:
-                plan = sizes(temporaries=temporaries)
+                plan = sizes(temporaries=temporaries, free=free)
                 if peers is not None:
                     plan = replace(plan, num_pages=peers.agree(plan.num_pages))
                 state = self._state(plan.num_pages, layout)

@@ -101,7 +101,7 @@ def _start(config: EngineConfig, peers: Peers | None, together: bool, report: Ca
         if peers is not None:
             raise ValueError("speculative_config: is for one process so far; leave num_processes out")
         spec = read_speculative_config(config.speculative_config)
-        draft = open_draft(spec, model, checkpoint, dummy=dummy)
+        draft = open_draft(spec, model, checkpoint, dummy=dummy, kv_dtype=resolved.kv_cache_dtype)
         drafter = draft.drafter
 
     def load(mesh: Mesh, placed: Params) -> Params:

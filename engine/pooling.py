@@ -2,7 +2,7 @@
 
 A small function of its own beside the step: it runs the same paged forward over pages that it borrows from the pool,
 in chunks of up to max_num_batched_tokens, between two steps. It is compiled when it is first used, once for each of a
-few sizes, and it neither reads nor fills the prefix cache.
+few sizes, by all processes before any of them gives it to its devices; and it neither reads nor fills the prefix cache.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Pooler:
         pooled = partial(_pooled, runner.model, runner.backend, self.rows, layout.axes)
         splits = (layout.param_specs, EACH, ALL)
         self._forward = jax.jit(layout.spread(pooled, splits, (ALL, EACH)), donate_argnums=1)
-        runner.operations["embed"] = self._run
+        self._executables: dict[int, Any] = {}  # by size
+        runner.operations |= {"embed": self._run, "compile_embed": self._compile}
 
     def embed(self, prompts: Sequence[Sequence[int]], pooling: str, normalize: bool) -> np.ndarray:
         """token ids of each prompt -> [prompts, hidden] float32; of length 1 with `normalize`.
@@ -121,14 +122,22 @@ class Pooler:
             part["kv_lens"][i], part["cu_q_lens"][i] = end, at
             at, row.done = at + row.count, end
         part["write_offset"] = part["positions"] % page_size
-        runner = self.runner
-        vectors = runner.dispatch("embed", *(part[name] for name in PARTS))
+        runner, arrays = self.runner, [part[name] for name in PARTS]
+        if size not in self._executables:
+            runner.prepare("compile_embed", *arrays)
+        vectors = runner.dispatch("embed", *arrays)
         return list(zip(rows, runner.fetch(vectors), strict=False))
+
+    def _compile(self, *arrays: np.ndarray) -> None:
+        """Compile what `_run` needs for arrays of these shapes."""
+        runner, part = self.runner, dict(zip(PARTS, arrays, strict=True))
+        lowered = self._forward.lower(runner.params, runner.state.kv_caches, part)
+        self._executables[part["tokens"].size] = lowered.compile()
 
     def _run(self, *arrays: np.ndarray) -> Array:
         """-> one call's vectors, from the arrays that PARTS names."""
         runner, part = self.runner, dict(zip(PARTS, arrays, strict=True))
-        vectors, caches = self._forward(runner.params, runner.state.kv_caches, part)
+        vectors, caches = self._executables[part["tokens"].size](runner.params, runner.state.kv_caches, part)
         runner.state = replace(runner.state, kv_caches=caches)
         return vectors
 

@@ -217,6 +217,17 @@ class Runner:
             self.peers.began(lambda: True if made is None else jax.tree.leaves(made)[0].is_ready())
         return made
 
+    def prepare(self, name: str, *arrays: Any) -> None:
+        """Have every process do what asks nothing of the devices and may take long. Returns when all have done it.
+
+        Errors: HostLost.
+        """
+        if isinstance(self.peers, Leader):
+            self.peers.send({"prepare": encode(name, arrays)})
+        self.execute(name, list(arrays))
+        if isinstance(self.peers, Leader):
+            self.peers.agree(1)
+
     def execute(self, name: str, arrays: list[Any]) -> Any:
         """Give work to the devices of this process. -> what it makes."""
         try:

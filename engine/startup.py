@@ -24,7 +24,7 @@ from engine.kv_scales import wanted, with_scales
 from engine.memory import limit_gpu_pool, ram_bytes
 from engine.models.config import ModelConfig
 from engine.models.narrow import describe
-from engine.models.narrow_placement import abstract_narrow, random_narrow
+from engine.models.narrow_placement import abstract_narrow, random_narrow, unpacked
 from engine.models.params import Params
 from engine.models.placement import on_all, whole
 from engine.replicas import Engine, Replicas
@@ -117,6 +117,9 @@ def _start(config: EngineConfig, peers: Peers | None, together: bool, report: Ca
             params = params | {"draft": jax.device_put(draft.load(resolved.dtype, config.seed), on_all(mesh))}
         report(f"model: {Path(config.model).name}, {resolved.dtype}, loaded in {time.perf_counter() - began:.1f} s")
         report(f"weights: quantization {quantization.name}: {describe(params)}")
+        if wide := unpacked(placed, quantization.plan):
+            named = ", ".join(wide[:4]) + ", …" * (len(wide) > 4)
+            report(f"weights: {len(wide)} are unpacked, for stages have them in different formats: {named}")
         return params
 
     def engine(mesh: Mesh) -> EngineCore:

@@ -49,9 +49,10 @@ def answers(model: Path, mesh: str, tokens: int, settings: dict[str, Any]) -> li
     tensor, pipeline, data = map(int, mesh.rstrip("e").split("x"))
     has_words = model.is_file() or any(model.glob("tokenizer*"))
     prompts: Any = PROMPTS if has_words else NUMBERS
+    rows, most = (4, 64) if has_words else (2, 16)
     with tempfile.TemporaryDirectory() as cache:
         llm = LLM(
-            model=str(model), dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256,
+            model=str(model), dtype="float32", max_num_seqs=rows, max_num_batched_tokens=most, max_model_len=256,
             block_size=16, num_gpu_blocks_override=120, skip_tokenizer_init=not has_words, compilation_cache_dir=cache,
             tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data,
             enable_expert_parallel=mesh.endswith("e"), **settings,

@@ -126,9 +126,15 @@ def follow(follower: Follower, execute: Callable[[str, list[np.ndarray]], Any]) 
     Any error on the way ends the process.
     """
     try:
-        while not isinstance(message := follower.next(), dict | None):
-            execute(*decode(message))
-        return message
+        while True:
+            match follower.next():
+                case {"prepare": command}:  # which may take each process its time
+                    execute(*decode(command))
+                    follower.agree(1)
+                case dict() | None as other:
+                    return other
+                case command:
+                    execute(*decode(command))
     except Exception as error:
         follower.fail(error)
         raise

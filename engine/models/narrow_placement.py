@@ -144,20 +144,14 @@ class Pieces:
 def stored_as(placed: Params, plan: Plan) -> Params:
     """A tree of Placed -> the same with a Narrow or Pieces for each parameter that `plan` has in few bits.
 
-    Errors: ValueError with the numbers for a mesh that would cut through a group of inputs, or a block of outputs, that
-    shares a scale, or that has parameters of different formats in one place of several stages.
+    What stages have in one place in different formats is in none of them. Errors: ValueError with the numbers for a
+    mesh that would cut through a group of inputs, or a block of outputs, that shares a scale.
     """
 
     def one(placed: Placed) -> Placed | Narrow | Pieces:
-        present = [path for path in placed.sources if path is not None]
-        path, how = present[0], plan.get(present[0])
-        for other in present[1:]:
-            if plan.get(other) != how:
-                raise ValueError(
-                    f"pipeline_parallel_size: {_dotted(path)} and {_dotted(other)} are computed side by side and not "
-                    "stored in the same format; use another size, or quantization dequantize"
-                )
-        if how is None:
+        path, *others = [path for path in placed.sources if path is not None]
+        how = plan.get(path)
+        if how is None or any(plan.get(other) != how for other in others):
             return placed
         if isinstance(how, Storage):
             return _narrow(placed, path, how)
@@ -165,6 +159,19 @@ def stored_as(placed: Params, plan: Plan) -> Params:
         return Pieces(path[-1], how, tuple(_narrow(own, path, storage) if storage else own for own, storage in pieces))
 
     return map_placed(one, placed)
+
+
+def unpacked(placed: Params, plan: Plan) -> list[str]:
+    """-> the parameters that `plan` has in few bits and `stored_as` has not, e.g. layers.3.down."""
+    found: list[str] = []
+
+    def one(placed: Placed) -> None:
+        paths = [path for path in placed.sources if path is not None and path in plan]
+        if paths and isinstance(stored_as({"": placed}, plan)[""], Placed):
+            found.extend(map(_dotted, paths))
+
+    map_placed(one, placed)
+    return found
 
 
 def map_stored(function: Callable[[Any], Any], tree: Params) -> Params:

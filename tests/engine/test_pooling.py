@@ -44,10 +44,11 @@ def model(request) -> tuple[Pooler, list[dict[str, Any]]]:
     caches = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), caches)
     state = DeviceState(caches, jnp.zeros((3, 96 // PAGE), jnp.int32), None)  # type: ignore[arg-type]
     params = load_params(checkpoint, "float32")
+    run = lambda name, *arrays: runner.operations[name](*arrays)
     runner: Any = SimpleNamespace(
         model=checkpoint.config, backend=backend, params=params, page_size=PAGE, state=state,
         layout=StepLayout(checkpoint.config, Mesh([[jax.devices()[0]]], ("stage", "model"))),
-        operations={}, dispatch=lambda name, *arrays: runner.operations[name](*arrays), fetch=np.asarray,
+        operations={}, prepare=run, dispatch=run, fetch=np.asarray,
     )  # fmt: skip
     return Pooler(runner, PagePool(PAGES + 1, PAGE, True), RESOLVED), read_cases(request.param)
 

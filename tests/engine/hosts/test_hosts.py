@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ import pytest
 from engine.config import EngineConfig
 from engine.hosts import leader as leader_module
 from engine.hosts.follower import Follower
-from engine.hosts.join import checkpoint_hash, decode, encode, identity
+from engine.hosts.join import checkpoint_hash, decode, encode, follow, identity
 from engine.hosts.leader import Leader, first_difference
 from engine.hosts.wire import HEADER, Channel, HostLost, parse_address, prove, read_secret
+from engine.runner import Runner
 
 SECRET = b"sixteen bytes at the least"
 
@@ -51,16 +54,14 @@ class Group:
     """A leader and its followers in one process; `lost` has what each follower was told when it lost its leader."""
 
     def __init__(self, count: int, secrets: tuple[bytes, ...] = ()):
-        self.lost: dict[int, HostLost] = {}
+        self.lost: dict[int, Exception] = {}
         self.followers: dict[int, Follower] = {}
         self.said: list[str] = []
         address = free_address()
 
         def follow(number: int, secret: bytes) -> None:
             try:
-                self.followers[number] = Follower(
-                    address, secret, number, lambda error: self.lost.setdefault(number, error)
-                )
+                self.followers[number] = Follower(address, secret, number, partial(self.lose, number))
             except HostLost as error:
                 self.lost[number] = error
 
@@ -74,6 +75,9 @@ class Group:
         arriving.start()
         self.leader = Leader(address, SECRET, count, self.said.append)
         arriving.join(10)
+
+    def lose(self, number: int, error: Exception) -> None:
+        self.lost.setdefault(number, error)
 
 
 @contextmanager
@@ -168,6 +172,34 @@ def test_work_that_never_ends_is_a_failure(monkeypatch):
         group.leader.began(lambda: False)
         wait_for(lambda: group.leader.failure)
         assert "a step has not ended within 0.2 s" in str(group.leader.failure)
+
+
+def test_preparing_waits_for_all_and_may_take_longer_than_work_on_the_devices(monkeypatch):
+    monkeypatch.setattr(leader_module, "STUCK_SECONDS", 0.1)
+    done: list[tuple[int, str, int]] = []
+
+    def prepare(number: int) -> Callable[[str, list[np.ndarray]], None]:
+        def execute(name: str, arrays: list[np.ndarray]) -> None:
+            time.sleep(0.15 * (1 + number))
+            done.append((number, name, arrays[0].size))
+
+        return execute
+
+    with joined(monkeypatch, 2) as group:
+        threads = [
+            threading.Thread(target=follow, args=(follower, prepare(number)))
+            for number, follower in group.followers.items()
+        ]
+        for thread in threads:
+            thread.start()
+        leader: Any = SimpleNamespace(peers=group.leader, execute=prepare(0))
+        Runner.prepare(leader, "compile", np.zeros(3, np.int32))
+        assert done == [(number, "compile", 3) for number in range(3)]
+        assert group.leader.failure is None
+        group.leader.is_ready = True
+        group.leader.close()
+        for thread in threads:
+            thread.join(10)
 
 
 def test_a_process_that_is_silent_is_lost(pair):

@@ -28,7 +28,8 @@ CONFIG = test_methods.CONFIG | dict(
     hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
     num_key_value_heads=KV_HEADS, head_dim=H, vocab_size=V,
 )  # fmt: skip
-MIXED = {"attn_v": "Q6_K", "ffn_up": "F32"}  # beside Q4_K: parts of fused weights
+# Beside Q4_K: parts of fused weights, and what the first stage has in another format than the second.
+MIXED = {"attn_v": "Q6_K", "ffn_up": "F32", "blk.1.ffn_down": "Q6_K"}
 
 
 def run(cases: list[dict[str, Any]]) -> list[Any]:
@@ -41,7 +42,7 @@ def run(cases: list[dict[str, Any]]) -> list[Any]:
 
 
 def write_gguf(path: pathlib.Path, default: str, kinds: dict[str, str] | None = None) -> str:
-    """Write a Llama of blocks of a type; `kinds`: the types of some tensors of each layer."""
+    """Write a Llama of blocks of a type; `kinds`: the types of some tensors, of each layer or of one."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_embedding_length(D)
     writer.add_feed_forward_length(F)
@@ -56,7 +57,8 @@ def write_gguf(path: pathlib.Path, default: str, kinds: dict[str, str] | None = 
     for name in norms:
         writer.add_tensor(f"{name}.weight", np.ones(D, np.float32))
     for seed, (name, shape) in enumerate(shapes.items()):
-        kind = (kinds or {}).get(name.rpartition(".")[2], default)
+        kinds = kinds or {}
+        kind = kinds.get(name, kinds.get(name.rpartition(".")[2], default))
         if kind == "F32":
             values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) / np.sqrt(shape[-1])
             writer.add_tensor(f"{name}.weight", values.astype(np.float32))

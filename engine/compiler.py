@@ -38,6 +38,11 @@ FILLED_ROWS = 8  # sequences in one launch that shows the draft model what it ha
 # XLA takes a cache that kernels update in place for another one with each update. To make room for those, it would
 # compute again what is used twice: products with a draft model's weights, thirteen of its LM head instead of four.
 ON_GPU: dict[str, Any] = {"xla_disable_hlo_passes": "rematerialization"}
+# For steps in halves, over several GPUs: while one half is added up, the other is computed, in products of its own.
+OVERLAPPED: dict[str, Any] = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_disable_hlo_passes": f"{ON_GPU['xla_disable_hlo_passes']},dot-merger",
+}
 # What XLA tries out for a GPU before it chooses. Trying everything in every step takes most of a cold start, and gains
 # where products have very few rows; for the largest step a choice of cuBLAS' own is enough (docs/performance.md).
 NO_TRITON: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
@@ -202,6 +207,8 @@ class StepCompiler:
         few = 2 * TUNED_TOKENS if shape.drafts else TUNED_TOKENS
         if self._platform == "gpu" and shape.tokens > few:
             options = options | (NO_TRITON if fullest or shape.tokens == UNLUCKY_TOKENS else UNTUNED)
+        if layout.is_overlapped(shape):
+            options = options | OVERLAPPED
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
             params = layout.params(self._resolved.dtype)
             lowered = self._step.lower(

@@ -1,6 +1,7 @@
 """Run by tests in a process with 8 CPU devices: a tiny model's answers on one device and on meshes of several.
 
-python parallel_program.py FOLDER TPxPPxDP[e]...   (e: whole experts on devices) prints a JSON object by mesh.
+python parallel_program.py FOLDER TPxPPxDP[e|h]... prints a JSON object by mesh. e: whole experts on devices; h: longer
+steps in halves, as they are on GPUs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ TINY = Path(__file__).parents[1] / "data" / "tiny"
 
 
 def answers(folder: str, mesh: str) -> dict:
-    from engine import LLM, SamplingParams
+    from engine import LLM, SamplingParams, layout
 
-    tensor, pipeline, data = map(int, mesh.rstrip("e").split("x"))
+    layout.HALF_TOKENS = {"cpu": 4} if mesh.endswith("h") else {}
+    tensor, pipeline, data = map(int, mesh.rstrip("eh").split("x"))
     llm = LLM(
         model=str(TINY / folder), skip_tokenizer_init=True, max_num_seqs=2, max_num_batched_tokens=16,
         max_model_len=128, num_gpu_blocks_override=24, block_size=16, tensor_parallel_size=tensor,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("folder", "meshes"),
     [
-        ("olmo2", ["4x1x1"]),  # 2 KV heads for 4 devices, norms over all heads' width
+        ("olmo2", ["4x1x1", "2x1x1h"]),  # 2 KV heads for 4 devices, norms over all heads' width; steps in halves
         ("gpt-oss", ["2x2x1e"]),  # 3 layers in 2 stages, windows beside full attention, sinks, whole experts
     ],
 )

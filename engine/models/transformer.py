@@ -126,7 +126,7 @@ def _stage(
     config: ModelConfig, backend: Backend, layers: list[Params], axes: Axes,
     xs: Sequence[Array], kv_caches: list[Any], ropes: Sequence[Ropes], batches: Sequence[RaggedBatch],
 ) -> tuple[Sequence[Array], list[Any], list[Sequence[Array]]]:  # fmt: skip
-    """All layers of this device's stage, of which `layers` are the parameters. xs: each micro-batch's [T, D] -> the same,
+    """All layers of this device's stage, of which `layers` are the parameters. xs: each micro-batch's [T, D] -> same,
     new caches, and what went into each layer and came out of the last.
 
     Layer after layer takes one micro-batch after the other: while the devices add up one, they compute the next.

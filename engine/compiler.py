@@ -35,6 +35,14 @@ from kernels.attention import choose_backend
 
 COMPILERS = 16  # steps that are compiled at a time, if there are processors for them
 FILLED_ROWS = 8  # sequences in one launch that shows the draft model what it has not seen
+# XLA takes a cache that kernels update in place for another one with each update. To make room for those, it would
+# compute again what is used twice: products with a draft model's weights, thirteen of its LM head instead of four.
+ON_GPU: dict[str, Any] = {"xla_disable_hlo_passes": "rematerialization"}
+# For steps in halves, over several GPUs: while one half is added up, the other is computed, in products of its own.
+OVERLAPPED: dict[str, Any] = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_disable_hlo_passes": f"{ON_GPU['xla_disable_hlo_passes']},dot-merger",
+}
 # What XLA tries out for a GPU before it chooses. Trying everything in every step takes most of a cold start, and gains
 # where products have very few rows; for the largest step a choice of cuBLAS' own is enough (docs/performance.md).
 NO_TRITON: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
@@ -79,13 +87,15 @@ class StepCompiler:
         self.layout = self._laid_out(model, drafter=drafter)
         self._device = device = mesh.local_devices[0]
         self._platform = device.platform
+        self._options = ON_GPU if device.platform == "gpu" else {}
         self._in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
         page, kv_dtype = resolved.page_size, resolved.kv_cache_dtype
         specs = {*self.layout.specs, *self.layout.draft_specs}
         self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
 
-        shapes = gpu_step_shapes if device.platform == "gpu" else step_shapes
+        one_row = bool(stored) and drafter is None
+        shapes = partial(gpu_step_shapes, one_row=one_row) if device.platform == "gpu" else step_shapes
         self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
         if drafter is not None:
             most = drafter.config.num_speculative_tokens
@@ -119,12 +129,16 @@ class StepCompiler:
         largest = [max(kind, key=lambda s: (s.tokens, s.rows, not s.plain)) for kind in kinds if kind]
         with ThreadPoolExecutor(1, "load") as loader:
             loading = loader.submit(load, layout.placed)
-            temporaries = 0
+            temporaries, free = 0, None
+            if self._platform == "gpu" and layout.plan:
+                # Quantizing left holes between the weights, which the allocator does not give to a cache.
+                jax.block_until_ready(loading.result())
+                free = device.memory_stats()["largest_free_block_bytes"]
             if self._platform != "cpu":  # where nothing depends on them
                 measure = lambda: self._temporaries_of_few_layers(largest)
                 temporaries = self._cache.get_number("temporaries", measure)
             while True:
-                plan = sizes(temporaries=temporaries)
+                plan = sizes(temporaries=temporaries, free=free)
                 if peers is not None:
                     plan = replace(plan, num_pages=peers.agree(plan.num_pages))
                 state = self._state(plan.num_pages, layout)
@@ -160,7 +174,7 @@ class StepCompiler:
         def compiled(shape: StepShape) -> Any:
             arguments = self.layout, backend, self._resolved.page_size, shape, params, state, self.layout.flat(shape)
             name = f"fill-{shape.rows}x{shape.tokens}-{num_pages}-pages"
-            return self._cache.get(name, lambda: fill.lower(*arguments).compile())
+            return self._cache.get(name, lambda: fill.lower(*arguments).compile(self._options))
 
         return {shape: compiled(shape) for shape in shapes}
 
@@ -189,10 +203,12 @@ class StepCompiler:
         """-> the executable of a step of `layout`. The one that long prompts fill gets the slow-to-compile kernels."""
         fullest = shape == max(self.shapes, key=lambda s: (s.tokens, s.plain, s.rows))
         backend = self.backend if fullest else self.backend.lesser or self.backend
-        options: dict[str, Any] | None = None
+        options = self._options
         few = 2 * TUNED_TOKENS if shape.drafts else TUNED_TOKENS
         if self._platform == "gpu" and shape.tokens > few:
-            options = NO_TRITON if fullest or shape.tokens == UNLUCKY_TOKENS else UNTUNED
+            options = options | (NO_TRITON if fullest or shape.tokens == UNLUCKY_TOKENS else UNTUNED)
+        if layout.is_overlapped(shape):
+            options = options | OVERLAPPED
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
             params = layout.params(self._resolved.dtype)
             lowered = self._step.lower(

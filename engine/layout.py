@@ -35,6 +35,7 @@ ALL, EACH = PartitionSpec(), PartitionSpec(AXES[1:])  # whole on every device; a
 EMPTY: Plan = {}
 MICRO_TOKENS = {"cpu": 8}  # of a pipeline's micro-batch at least: with fewer, a stage's time is that of its weights
 OTHER_MICRO_TOKENS = 128
+HALF_TOKENS = {"gpu": 2048}  # of a micro-batch at least that is computed while devices of one stage add up another
 
 
 class StepLayout:
@@ -101,14 +102,26 @@ class StepLayout:
         self, backend: Backend, page_size: int, shape: StepShape, params: Params, state: DeviceState, flat: Array
     ) -> tuple[DeviceState, StepOutput]:
         """As `step.step`, over the whole mesh."""
-        least = MICRO_TOKENS.get(self._platform, OTHER_MICRO_TOKENS)
-        axes = replace(self.axes, micro_batches=micro_batches(shape.tokens, self.axes.stage.size, least))
+        axes = replace(self.axes, micro_batches=self.micro_batches(shape))
         one = partial(step, self.model, backend, page_size, shape, axes=axes, drafter=self.drafter)
         if shape.drafts:
             assert self.drafter is not None
             one = partial(speculating_step, self.drafter, self.model, backend, page_size, shape, axes=axes)
         own = self.state_specs
         return self.spread(one, (self.param_specs, own, ALL), (own, ALL))(params, state, flat)
+
+    def micro_batches(self, shape: StepShape) -> int:
+        """-> into how many parts a step is cut: for the stages of a pipeline; in one stage, for devices to compute one
+        while they add up another (vLLM's dual batch overlap)."""
+        if self.axes.stage.size > 1:
+            return micro_batches(shape.tokens, MICRO_TOKENS.get(self._platform, OTHER_MICRO_TOKENS))
+        if self.axes.model.size == 1 or self._platform not in HALF_TOKENS:
+            return 1
+        return micro_batches(shape.tokens, HALF_TOKENS[self._platform], most=2)
+
+    def is_overlapped(self, shape: StepShape) -> bool:
+        """-> whether a step's parts are there to be computed and added up side by side."""
+        return self.axes.stage.size == 1 and self.micro_batches(shape) > 1
 
     def fill(
         self, backend: Backend, page_size: int, shape: StepShape, params: Params, state: DeviceState, flat: Array

@@ -41,12 +41,14 @@ class MemoryPlan:
 
 def plan_memory(
     config: EngineConfig, resolved: ResolvedConfig, device: Any, *,
-    in_use: int, weights: int, temporaries: int, tables: int, page_bytes: int, sharers: int = 1,
+    in_use: int, weights: int, temporaries: int, tables: int, page_bytes: int,
+    free: int | None = None, sharers: int = 1,
 ) -> MemoryPlan:  # fmt: skip
     """-> the plan. Errors: ValueError with the numbers and the setting to change, if not even one sequence fits.
 
-    All counts are of one device, `device`; `in_use`: bytes that others of this process have of it. `sharers`: CPU
-    devices that have this host's memory in common.
+    All counts are of one device, `device`; `in_use`: bytes that others of this process have of it. `free`: bytes that
+    were in one piece after weights were there, where that was measured. `sharers`: CPU devices that have this host's
+    memory in common.
     """
     page = resolved.page_size
     least = -(-resolved.max_model_len // page) + 1
@@ -64,7 +66,8 @@ def plan_memory(
             limit = stats["bytes_limit"]  # on a GPU, the pool that `limit_gpu_pool` has asked for
             share = 1 if device.platform == "gpu" else config.gpu_memory_utilization
             # Temporaries twice: what a step hands out may lie in the middle of what is free, in the next one's way.
-            room = int(limit * share) - in_use - weights - 2 * temporaries - tables - RESERVE
+            left = int(limit * share) - in_use - weights
+            room = (left if free is None else min(free, left)) - 2 * temporaries - tables - RESERVE
             source = f"gpu_memory_utilization {config.gpu_memory_utilization}, which gives {_mib(int(limit * share))}"
         num_pages = max(room, 0) // page_bytes
     plan = MemoryPlan(weights, temporaries, tables, page_bytes, num_pages, page)

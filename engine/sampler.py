@@ -88,10 +88,10 @@ def sample(
     """
     active = _has(inp, ACTIVE)
     edited = logits if plain else edited_logits(logits, inp, tables)
-    best = jnp.max(edited, axis=1)
-    # XLA's maximum may drop a NaN, so the raw logits are looked at one by one.
-    sound = jnp.all(logits < jnp.inf, axis=1) & jnp.isfinite(best)
-    token = lax.platform_dependent(edited, best, sound, inp, cuda=_draw_and_check, default=_draw)
+    # XLA's maximum may drop a NaN: what no token can be told of counts as +inf.
+    best = jnp.max(jnp.where(logits < jnp.inf, edited, jnp.inf), axis=1)
+    sound = jnp.isfinite(best)
+    token = lax.platform_dependent(edited, best, inp, cuda=_draw_and_check, default=_draw)
     if plain:
         return SampleOutput(jnp.where(active & sound, token, -1), None, None, None, None)
 
@@ -105,20 +105,19 @@ def sample(
     return SampleOutput(jnp.where(active & sound, token, -1), *logprobs)
 
 
-def _draw(edited: Array, best: Array, sound: Array, inp: SamplingInput) -> Array:
-    """-> i32[R]: a token of each row, from edited f32[R, V] and its maximum f32[R]."""
+def _draw(edited: Array, best: Array, inp: SamplingInput) -> Array:
+    """-> i32[R]: a token of each row, from edited f32[R, V] and its maximum f32[R]; any, where that is not finite."""
     score = lambda: filtered_logits(edited, inp) + _noise(inp, edited.shape[1])
     choose = lambda: _first_highest(score())
     return lax.cond(jnp.any(_is_random(inp)), choose, lambda: _first_index(edited == best[:, None]))
 
 
-def _draw_and_check(edited: Array, best: Array, sound: Array, inp: SamplingInput) -> Array:
+def _draw_and_check(edited: Array, best: Array, inp: SamplingInput) -> Array:
     """As `_draw`, for a GPU, whose host would have to wait for every condition: drawn from all tokens first."""
-    token = _first_highest(_scaled(edited, inp) + _noise(inp, edited.shape[1]))
-    temperature = jnp.where(_is_random(inp), inp.temperature, 1.0)
+    token = lax.argmax(_scaled(edited, best, inp) + _noise(inp, edited.shape[1]), 1, jnp.int32)
     keys = _noise_keys(inp.seed, inp.position)
     return keep_or_redraw(
-        edited, token, best, temperature, inp.top_k, inp.top_p, inp.min_p, keys, _is_cut(inp) & sound, noise=_gumbel
+        edited, token, best, _temperature(inp), inp.top_k, inp.top_p, inp.min_p, keys, _is_cut(inp), noise=_gumbel
     )
 
 
@@ -159,15 +158,19 @@ def filtered_logits(edited: Array, inp: SamplingInput) -> Array:
     edited: f32[R, V]. The result is edited / temperature, shifted so that each row's best token has 0, which keeps
     float32 precise where it matters. Greedy rows are shifted only.
     """
-    scaled = _scaled(edited, inp)
+    scaled = _scaled(edited, jnp.max(edited, axis=1), inp)
     cut = _is_cut(inp)
     return lax.cond(jnp.any(cut), lambda x: _truncate(x, cut, inp), lambda x: x, scaled)
 
 
-def _scaled(edited: Array, inp: SamplingInput) -> Array:
-    """-> f32[R, V]: logits over temperature, each row's best at 0."""
-    temperature = jnp.where(_is_random(inp), inp.temperature, 1.0)[:, None]
-    return (edited - jnp.max(edited, axis=1, keepdims=True)) / temperature
+def _scaled(edited: Array, best: Array, inp: SamplingInput) -> Array:
+    """-> f32[R, V]: logits over temperature, each row's best f32[R] at 0."""
+    return (edited - best[:, None]) / _temperature(inp)[:, None]
+
+
+def _temperature(inp: SamplingInput) -> Array:
+    """-> f32[R]: 1 for greedy rows."""
+    return jnp.where(_is_random(inp), inp.temperature, 1.0)
 
 
 def raw_logprobs(logits: Array, token: Array, num_logprobs: int) -> tuple[Array, Array, Array, Array]:

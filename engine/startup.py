@@ -99,7 +99,7 @@ def _start(config: EngineConfig, peers: Peers | None, together: bool, report: Ca
     drafter = draft = None
     if config.speculative_config is not None:
         spec = read_speculative_config(config.speculative_config)
-        draft = open_draft(spec, model, checkpoint, dummy=dummy)
+        draft = open_draft(spec, model, checkpoint, dummy=dummy, kv_dtype=resolved.kv_cache_dtype)
         drafter = draft.drafter
 
     def load(mesh: Mesh, placed: Params) -> Params:

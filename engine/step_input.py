@@ -57,19 +57,19 @@ def step_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShap
     return decode + mixed
 
 
-def gpu_step_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
+def gpu_step_shapes(max_num_seqs: int, max_num_batched_tokens: int, one_row: bool = False) -> list[StepShape]:
     """-> every bucket for a GPU: plain ones close to each other, and some of every kind for whatever is not plain.
 
     The host reads the condition of a `lax.cond` on a GPU, so that a step with one waits for it: plain steps have none.
-    Decodes are 8 rows at least: XLA makes poor work of products with one row. Below 256 tokens a step's time is that
-    of its weights, and padding costs little.
+    Decodes are 8 rows at least, as XLA makes poor work of products with one; `one_row`: but for a single one, whose
+    products are not XLA's. Below 256 tokens a step's time is that of its weights, and padding costs little.
     """
     most = max(max_num_batched_tokens, max_num_seqs + 1)
     few = min(8, max_num_seqs)
     rows = sorted({few, *(n for n in (16, 32, *range(64, max_num_seqs, 64)) if few < n < max_num_seqs), max_num_seqs})
     sizes = _powers(min(256, most), most)
     between = [n + n // 2 for n in sizes if n >= 256 and n + n // 2 < most]
-    plain = [StepShape(n, n, True) for n in rows]
+    plain = [StepShape(n, n, True) for n in ([1] if one_row else []) + rows]
     plain += [StepShape(few, n, True) for n in sorted({min(64, most), min(256, most)}) if n > few]
     plain += [StepShape(max_num_seqs, n, True) for n in sorted({*sizes, *between}) if n > max_num_seqs]
     full = [StepShape(n, n) for n in sorted({few, min(64, max_num_seqs), max_num_seqs})]

@@ -11,10 +11,13 @@ from jax import Array
 
 from kernels import cpu
 from kernels.cuda import product as cuda
+from kernels.cuda import vector
+from kernels.cuda.matrix import Tile
 from kernels.pallas import product as pallas
 from kernels.quantized import Joined, QuantizedTensor, Weight, dequantize, quantize_activations
 
 CPU_BLOCK = 1024  # outputs
+ONE_TOKEN = Tile(1, 2, 512, warps=2, stages=2)  # of a plain weight's rows on a GPU, where XLA makes poor work of it
 
 
 def product(x: Array, weight: Weight) -> Array:
@@ -38,7 +41,11 @@ def rows_product(x: Array, rows: Array | QuantizedTensor) -> Array:
     """x [T, D], rows [V, D] -> [T, V] float32."""
     if isinstance(rows, QuantizedTensor):
         return matrix_product(x, rows, jnp.dtype(jnp.float32))
-    return jnp.einsum("td,vd->tv", x, rows, preferred_element_type=jnp.float32)
+    plain = lambda x, rows: jnp.einsum("td,vd->tv", x, rows, preferred_element_type=jnp.float32)
+    if x.shape[0] > 1 or rows.dtype.itemsize > 2:
+        return plain(x, rows)
+    on_cuda = partial(vector.rows_product, dtype=jnp.dtype(jnp.float32), tile=ONE_TOKEN)
+    return jax.lax.platform_dependent(x, rows, cuda=on_cuda, default=plain)
 
 
 def take_rows(rows: Array | QuantizedTensor, index: Array) -> Array:

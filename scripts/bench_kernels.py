@@ -1,6 +1,6 @@
 """Paged attention on the GPU: decode as a share of the copy bandwidth, prefill in TFLOP/s next to cuDNN's.
 
-    python scripts/bench_kernels.py [--backend auto] [--out kernels.json] [--sweep]
+    python scripts/bench_kernels.py [--backend auto] [--kv bfloat16,float8_e4m3fn] [--out kernels.json] [--sweep]
 
 Each figure is of the whole update_and_attend, the write of new keys and values included. --sweep tries other tiles.
 """
@@ -23,7 +23,7 @@ from kernels.attention import AttentionSpec, Backend, RaggedBatch, choose_backen
 from kernels.cuda.tile import Tiles
 
 SPEC = AttentionSpec(num_kv_heads=8, group=4, head_dim=128, scale=128**-0.5)
-DECODES = ((64, 2048), (256, 1024), (8, 8192), (1, 512))
+DECODES = ((64, 2048), (256, 1024), (8, 8192), (64, 8192), (1, 512))
 PREFILLS = ((8, 2048), (2, 8192))
 CHAIN = 8  # calls in one launch, each fed with the one before
 
@@ -42,20 +42,23 @@ def make_batch(rows: int, length: int, count: int, page_size: int) -> tuple[Ragg
     return RaggedBatch(*(jnp.asarray(a, jnp.int32) for a in arrays)), pages
 
 
-def measure(backend: Backend, spec: AttentionSpec, rows: int, length: int, count: int, page_size: int) -> float:
-    """-> seconds of one update_and_attend."""
+def measure(
+    backend: Backend, spec: AttentionSpec, rows: int, length: int, count: int, page_size: int, kv: str = "bfloat16"
+) -> float:
+    """-> seconds of one update_and_attend with a cache of dtype `kv`, whose narrow kinds have scales."""
     batch, pages = make_batch(rows, length, count, page_size)
-    leaves, tree = jax.tree.flatten(backend.cache_spec(spec, pages, page_size, "bfloat16"))
+    leaves, tree = jax.tree.flatten(backend.cache_spec(spec, pages, page_size, kv))
     keys = iter(jax.random.split(jax.random.key(0), len(leaves) + 3))
     random = lambda *shape: jax.random.normal(next(keys), shape, jnp.bfloat16)
-    cache = jax.tree.unflatten(tree, [random(*leaf.shape) for leaf in leaves])
+    cache = jax.tree.unflatten(tree, [random(*leaf.shape).astype(leaf.dtype) for leaf in leaves])
+    scales = jnp.ones((2, spec.num_kv_heads), jnp.float32) if kv != "bfloat16" else None
     q = random(rows * count, spec.num_kv_heads, spec.group, spec.head_dim)
     k, v = (random(rows * count, spec.num_kv_heads, spec.head_dim) for _ in range(2))
 
     @partial(jax.jit, donate_argnums=1)
     def chain(q: Any, cache: Any) -> Any:
         for _ in range(CHAIN):
-            q, cache = backend.update_and_attend(q, k, v, cache, batch, spec)
+            q, cache = backend.update_and_attend(q, k, v, cache, batch, spec, kv_scales=scales)
         return q, cache
 
     state = [q, cache]
@@ -82,6 +85,8 @@ def with_tiles(backend: Backend, decode: Tiles | None, prefill: Tiles | None) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--kv", default="bfloat16", help="dtypes of the cache in decodes")
+    parser.add_argument("--only-decode", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
@@ -99,11 +104,11 @@ def main() -> None:
             machine = {"device": device, "copy_bytes_per_s": limit, "bf16_flop_per_s": rate}
             options.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
 
-    def decode(rows: int, length: int, page: int, tiles: Tiles | None = None) -> None:
-        time = measure(with_tiles(backend, tiles, None) if tiles else backend, SPEC, rows, length, 1, page)
-        moved = 2 * rows * length * SPEC.num_kv_heads * SPEC.head_dim * 2
+    def decode(rows: int, length: int, page: int, tiles: Tiles | None = None, kv: str = "bfloat16") -> None:
+        time = measure(with_tiles(backend, tiles, None) if tiles else backend, SPEC, rows, length, 1, page, kv)
+        moved = 2 * rows * length * SPEC.num_kv_heads * SPEC.head_dim * jnp.dtype(kv).itemsize
         record(
-            what=f"decode {rows} x {length}, page {page}", tiles=str(tiles and tuple(tiles)), us=time * 1e6,
+            what=f"decode {rows} x {length}, page {page}, {kv}", tiles=str(tiles and tuple(tiles)), us=time * 1e6,
             TB_per_s=moved / time / 1e12, share=moved / time / limit,
         )  # fmt: skip
 
@@ -117,9 +122,9 @@ def main() -> None:
             TFLOP_per_s=flops(rows, length) / time / 1e12,
         )  # fmt: skip
 
-    for (rows, length), page in itertools.product(DECODES, (16, 64)):
-        decode(rows, length, page)
-    for rows, length in PREFILLS:
+    for (rows, length), page, kv in itertools.product(DECODES, (16, 64), options.kv.split(",")):
+        decode(rows, length, page, kv=kv)
+    for rows, length in () if options.only_decode else PREFILLS:
         prefill(rows, length, 16)
         rate_there = flops(rows, length) / cudnn(rows, length) / 1e12
         record(what=f"prefill {rows} x {length}, cuDNN, no pages", TFLOP_per_s=rate_there)

@@ -24,9 +24,19 @@ import jax.numpy as jnp
 from machine import copy_bandwidth
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from product_cases import LIMIT, LLAMA_8B, compiled, copies_of, random_weight, relative_error, time_of, wanted
+from product_cases import (
+    LIMIT,
+    LLAMA_8B,
+    compiled,
+    copies_of,
+    random_weight,
+    relative_error,
+    time_of,
+    tokens_of,
+    wanted,
+)
 
-from kernels.cuda.product import Plan, dtype_name, kind_of, multiply, tuned_plan
+from kernels.cuda.product import dtype_name, multiply, tuned_plan
 
 FP8_RATE = 1460e12  # FLOP/s of an H200 through torch
 
@@ -50,21 +60,20 @@ def main() -> None:
         copies = copies_of(weight)
 
         def one(M: int, weight: Any = weight, copies: Any = copies, plain: bool = plain) -> Any:
-            """-> x, the plan and an executable, or what went wrong."""
-            x = jax.random.normal(jax.random.key(M), (M, weight.shape[1] if plain else weight.inputs), jnp.bfloat16)
+            """-> tokens, the plan and an executable, or what went wrong."""
+            xs = tokens_of(M, weight.shape[1] if plain else weight.inputs)
             dot = lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
             try:
                 if plain:
-                    return x, None, compiled(dot, x, copies)
-                kind = kind_of(weight)
-                plan = tuned_plan(kind, weight, M, device) if kind else Plan("library")
-                return x, plan, compiled(lambda x, w: multiply(x, w, x.dtype, plan), x, copies)
+                    return xs, None, compiled(dot, xs, copies)
+                plan = tuned_plan(weight, M, device)
+                return xs, plan, compiled(lambda x, w: multiply(x, w, x.dtype, plan), xs, copies)
             except Exception:
-                return x, None, traceback.format_exc()
+                return xs, None, traceback.format_exc()
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
             made = list(pool.map(one, tokens))
-        for M, (x, plan, run) in zip(tokens, made, strict=True):
+        for M, (xs, plan, run) in zip(tokens, made, strict=True):
             what: dict[str, Any] = {"format": name, "M": M, "N": N, "K": K}
             if not plain:
                 what |= {"dtype": dtype_name(weight), "kernel": plan and plan.kernel, "tile": plan and list(plan.tile)}
@@ -72,8 +81,8 @@ def main() -> None:
                 if isinstance(run, str):
                     raise RuntimeError(run)
                 if not plain:
-                    what["error"] = relative_error(run(x, copies)[0], wanted(x, weight))
-                took = time_of(run, x, copies)
+                    what["error"] = relative_error(run(xs, copies)[0], wanted(xs[0], weight))
+                took = time_of(run, xs, copies)
                 moved = size + 2 * M * (N + K)
                 what |= {
                     "us": took * 1e6,

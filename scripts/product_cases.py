@@ -27,7 +27,7 @@ LAYOUTS = {
 }
 FORMATS = (*LAYOUTS, "mxfp4", "q4_k", "q6_k")
 READ = 64 << 20  # bytes of weights that are read in turn: more than the second-level cache has
-TURNS = 8  # times that they are, in one launch
+PRODUCTS = 32  # of one launch
 LIMIT = 1e-2  # of the relative error in bfloat16
 
 Run = Callable[[jax.Array, Any], jax.Array]  # x, weight -> product
@@ -57,22 +57,38 @@ def copies_of(weight: Any) -> list[Any]:
     return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(max(1, min(7, READ // size))))]
 
 
-def compiled(run: Run, x: jax.Array, copies: list[Any], options: dict[str, Any] | None = None) -> Any:
-    """-> an executable (x, copies) -> the product with each copy, after TURNS rounds of them.
+def tokens_of(M: int, K: int) -> list[jax.Array]:
+    """-> tokens [M, K] for each of PRODUCTS products."""
+    draw = lambda key: jax.random.normal(key, (M, K), jnp.bfloat16)
+    return list(map(jax.jit(draw), jax.random.split(jax.random.key(M), PRODUCTS)))
 
-    The rounds are a loop on the device, which the host does not hold up. Each copy has tokens and a result of its own,
-    so that the compiler leaves none out, nor what makes activations narrow.
+
+def compiled(run: Run, tokens: list[jax.Array], copies: list[Any], options: dict[str, Any] | None = None) -> Any:
+    """-> an executable (tokens, copies) -> products of each with the next copy in turn, after turns_of(M) rounds.
+
+    A round is one graph of kernels, in which no launch waits for the host. None has the tokens of another, and each
+    comes after the one before, so that the compiler leaves none out, nor what makes activations narrow.
     """
+    one = jax.jit(run)  # traced and lowered once
+    wait = jax.lax.optimization_barrier
 
-    def rounds(x: jax.Array, copies: list[Any]) -> list[jax.Array]:
-        tokens = list(jax.lax.optimization_barrier(tuple(jnp.roll(x, i, axis=0) for i in range(len(copies)))))
-        tokens[0] = x
-        y = jax.eval_shape(run, x, copies[0])
-        empty = [jnp.zeros(y.shape, y.dtype) for _ in copies]
-        multiply = lambda _, ys: [run(*pair) for pair in zip(tokens, copies, strict=True)]
-        return jax.lax.fori_loop(0, TURNS, multiply, empty)
+    def rounds(tokens: list[jax.Array], copies: list[Any]) -> list[jax.Array]:
+        def each(_: Any, ys: list[jax.Array]) -> list[jax.Array]:
+            last, found = ys[-1], []
+            for i, x in enumerate(tokens):
+                x, last = wait((x, last))
+                found.append(last := one(x, copies[i % len(copies)]))
+            return found
 
-    return jax.jit(rounds).lower(x, copies).compile(options)
+        y = jax.eval_shape(run, tokens[0], copies[0])
+        return jax.lax.fori_loop(0, turns_of(len(tokens[0])), each, [jnp.zeros(y.shape, y.dtype)] * len(tokens))
+
+    return jax.jit(rounds).lower(tokens, copies).compile(options)
+
+
+def turns_of(M: int) -> int:
+    """-> rounds of products of M tokens: many of short ones, so that starting them counts for nothing."""
+    return max(1, 1024 // (M + 63))
 
 
 def wanted(x: jax.Array, weight: QuantizedTensor) -> jax.Array:
@@ -84,6 +100,6 @@ def relative_error(got: jax.Array, expected: jax.Array) -> float:
     return float(jnp.max(jnp.abs(got.astype(jnp.float32) - expected)) / jnp.max(jnp.abs(expected)))
 
 
-def time_of(executable: Any, x: jax.Array, copies: list[Any]) -> float:
+def time_of(executable: Any, tokens: list[jax.Array], copies: list[Any]) -> float:
     """-> seconds of one product."""
-    return seconds(executable, x, copies, repeat=3, rounds=3) / (TURNS * len(copies))
+    return seconds(executable, tokens, copies, repeat=3, rounds=3) / (turns_of(len(tokens[0])) * len(tokens))

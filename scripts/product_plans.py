@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from product_cases import QuantizedTensor
 
-from kernels.cuda import hopper_narrow
+from kernels.cuda import hopper_narrow, vector
 from kernels.cuda.matrix import Tile
 from kernels.cuda.product import BLOCK, CHANNEL, PACKED, SHARED_MEMORY, Plan, kind_of, on_hopper
 
@@ -20,6 +20,14 @@ VALUES = {
     "stages": (3, 4, 5, 6, 8),
     "swapped": (False, True),
 }
+VECTOR_VALUES = {
+    "columns": (2, 4, 8, 16),
+    "splits": (1,),
+    "warps": (2, 4, 8),
+    "depth": (512, 1024, 2048, 4096),
+    "stages": (1, 2, 4),
+    "swapped": (False,),
+}
 
 
 def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
@@ -28,6 +36,8 @@ def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
     tile = Tile(rows, 64, 128) if rows <= 64 else Tile(rows, 128, 128, warps=8, stages=3)
     found = [default, Plan("triton", tile)]
+    if M <= vector.MOST_TOKENS and vector.supports(weight) is None:
+        found.append(Plan("vector", Tile(1, 8, 1024, stages=1)))
     if kind == BLOCK and M <= 16:
         found.append(Plan("inside", tile))
     if kind == BLOCK and M > 16 and K // weight.scales.shape[1] == hopper_narrow.BLOCK and on_hopper():
@@ -43,7 +53,7 @@ def neighbours(plan: Plan, field: str, weight: QuantizedTensor) -> Iterator[Plan
     """-> the plan with other values of one field of its tile, those that fit."""
     if plan.kernel in ("library", "hopper"):
         return
-    for value in VALUES[field]:
+    for value in (VECTOR_VALUES if plan.kernel == "vector" else VALUES)[field]:
         other = plan._replace(tile=plan.tile._replace(**{field: value}))
         if other != plan and fits(other, weight):
             yield other
@@ -55,6 +65,8 @@ def fits(plan: Plan, weight: QuantizedTensor) -> bool:
     if kernel in ("library", "hopper"):
         return True
     layout, K, N = weight.layout, weight.inputs, weight.values.shape[0]
+    if kernel == "vector":  # 1 to 8 loads of 16 bytes a thread are on their way
+        return 512 * tile.warps <= tile.columns * tile.depth * tile.stages <= 4096 * tile.warps
     kind, group = kind_of(weight), K // weight.scales.shape[1]
     if kind == PACKED and layout.packing == 2:
         if tile.depth != 128:  # it has no meaning there: one value is enough

@@ -88,7 +88,7 @@ def main() -> None:
         for step, shape in STEPS.items():
             if options.step not in (None, step):
                 continue
-            micro = micro_batches(shape.tokens, case.stages, OTHER_MICRO_TOKENS)
+            micro = micro_batches(shape.tokens, OTHER_MICRO_TOKENS) if case.stages > 1 else 1
             compiled, seconds = compile_step(config, mesh, shape, case.experts)
             text, memory = compiled.as_text(), compiled.memory_analysis()
             if options.text:

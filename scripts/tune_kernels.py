@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from attention_cases import DTYPE, find_tiles
-from product_cases import FORMATS, LIMIT, compiled, copies_of, random_weight, relative_error, time_of, wanted
+from product_cases import FORMATS, LIMIT, compiled, copies_of, random_weight, relative_error, time_of, tokens_of, wanted
 from product_plans import FIELDS, neighbours, starts
 from tuning import Found, Job, search
 
@@ -39,7 +39,7 @@ from engine.weights.load import read_config
 from kernels import tuned
 from kernels.attention import AttentionSpec
 from kernels.cuda.attention import decode_file
-from kernels.cuda.product import Plan, default_plan, dtype_name, kind_of, multiply
+from kernels.cuda.product import Plan, default_plan, dtype_name, multiply
 from kernels.quantized import QuantizedTensor
 from sharding.rules import partition_spec
 
@@ -91,21 +91,20 @@ class Search:
                 self.made.pop(device, None)
                 self.made[device] = job.file, copies_of(random_weight(*job.about))
             copies = self.made[device][1]
-            weight, M, kind = copies[0], job.tokens, kind_of(copies[0])
-            x = jax.random.normal(jax.random.key(M), (M, weight.inputs), jnp.bfloat16)
-            expected = wanted(x, weight)
-            group = weight.inputs // weight.scales.shape[1]
-            default = default_plan(kind or "", M, weight.values.shape[0], weight.inputs, group)
+            weight, M = copies[0], job.tokens
+            tokens = tokens_of(M, weight.inputs)
+            expected = wanted(tokens[0], weight)
+            default = default_plan(weight, M)
             times: dict[Plan, float] = {}
 
             def measure(plans: Iterable[Plan]) -> None:
                 new = [plan for plan in plans if plan not in times]
-                compile_one = partial(self.compile_one, device, x, copies)
+                compile_one = partial(self.compile_one, device, tokens, copies)
                 for plan, run in zip(new, self.pool.map(compile_one, new), strict=True):
                     if stop.is_set():
                         raise InterruptedError("stopped")
-                    right = not isinstance(run, Exception) and relative_error(run(x, copies)[0], expected) < LIMIT
-                    times[plan] = time_of(run, x, copies) if right else math.inf
+                    right = not isinstance(run, Exception) and relative_error(run(tokens, copies)[0], expected) < LIMIT
+                    times[plan] = time_of(run, tokens, copies) if right else math.inf
                     if self.trials:
                         why = str(run)[:300] if isinstance(run, Exception) else "" if right else "not the reference's"
                         line = [job.file, M, plan.kernel, *plan.tile, times[plan] * 1e6, why]
@@ -129,11 +128,11 @@ class Search:
         }
 
     @staticmethod
-    def compile_one(device: Any, x: jax.Array, copies: list[QuantizedTensor], plan: Plan) -> Any:
+    def compile_one(device: Any, tokens: list[jax.Array], copies: list[QuantizedTensor], plan: Plan) -> Any:
         """-> an executable, or why there is none: a tile may need more registers than there are."""
         try:
             with jax.default_device(device):
-                return compiled(lambda x, w: multiply(x, w, jnp.dtype(jnp.bfloat16), plan), x, copies)
+                return compiled(lambda x, w: multiply(x, w, jnp.dtype(jnp.bfloat16), plan), tokens, copies)
         except Exception as error:
             return error
 

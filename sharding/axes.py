@@ -57,7 +57,8 @@ class Axis:
 class Axes:
     """Along `model` devices share each layer, along `stage` they hold one group of layers after another.
 
-    `micro_batches`: into how many parts a step's tokens are cut, so that all stages have something to do.
+    `micro_batches`: into how many parts a step's tokens are cut, so that all stages have something to do, or so that
+    devices of one stage compute while they add up.
     """
 
     model: Axis = Axis()

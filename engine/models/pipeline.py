@@ -12,11 +12,9 @@ MOST = 8  # micro-batches of a step: with 4 stages, 27 % of the time is idle
 MORE_TOKENS = 8  # what a micro-batch with as many rows as tokens is padded by, unless all of its rows are decodes
 
 
-def micro_batches(tokens: int, stages: int, least: int) -> int:
+def micro_batches(tokens: int, least: int, most: int = MOST) -> int:
     """-> how many micro-batches a step of `tokens` has: as many as divide it, with at least `least` tokens each."""
-    if stages == 1:
-        return 1
-    return max(n for n in range(1, MOST + 1) if tokens % n == 0 and (n == 1 or tokens // n >= least))
+    return max(n for n in range(1, most + 1) if tokens % n == 0 and (n == 1 or tokens // n >= least))
 
 
 def cut(batch: RaggedBatch, count: int) -> tuple[RaggedBatch, int]:

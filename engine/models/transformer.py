@@ -82,24 +82,28 @@ def forward_with_taps(
     with jax.named_scope("rope"):
         ropes: Ropes = {spec: rope_tables(spec, positions, config.max_model_len) for spec in specs}
     run = partial(_stage, config, backend, params["layers"], axes)
-    if axes.stage.size == 1:
-        x, caches, states = run(x, kv_caches, ropes, batch)
-        tapped = [states[tap] for tap in taps]
-    else:
-        count = axes.micro_batches
+    count = axes.micro_batches
+    if count > 1 or axes.stage.size > 1:
         parts, size = cut(batch, count)
         per_token = jax.tree.map(lambda a: cut_tokens(a, count, size), (x, ropes))
+    uncut = lambda x: x[:, : tokens.shape[0] // count].reshape(-1, x.shape[-1])
+    if axes.stage.size == 1:
+        part = lambda m: jax.tree.map(lambda a: a[m], (*per_token, parts)) if count > 1 else (x, ropes, batch)
+        xs, own_ropes, own_batches = zip(*map(part, range(count)), strict=True)
+        whole = lambda xs: uncut(jnp.stack(xs)) if count > 1 else xs[0]
+        xs, caches, states = run(xs, kv_caches, own_ropes, own_batches)
+        x, tapped = whole(xs), [whole(states[tap]) for tap in taps]
+    else:
         places = [_place_of(config, tap, axes.stage.size) for tap in taps]
 
         def one(x: Array, m: Array, is_real: Array, carry: tuple[list[Any], list[Array]]) -> tuple[Array, Any]:
             caches, tapped = carry
             own_ropes, own_batch = jax.tree.map(lambda a: a[m], (per_token[1], parts))
-            x, caches, states = run(x, caches, own_ropes, nothing(own_batch, is_real))
+            (x,), caches, states = run([x], caches, [own_ropes], [nothing(own_batch, is_real)])
             at = jnp.where(is_real, m, count)
-            own = [t.at[at].set(states[place], mode="drop") for t, (_, place) in zip(tapped, places, strict=True)]
+            own = [t.at[at].set(states[place][0], mode="drop") for t, (_, place) in zip(tapped, places, strict=True)]
             return x, (caches, own)
 
-        uncut = lambda x: x[:, : tokens.shape[0] // count].reshape(-1, x.shape[-1])
         x, (caches, tapped) = rotate(
             one, per_token[0], (kv_caches, [jnp.zeros_like(per_token[0])] * len(taps)), axes.stage
         )
@@ -120,11 +124,14 @@ def _place_of(config: ModelConfig, tap: int, stages: int) -> tuple[int, int]:
 
 def _stage(
     config: ModelConfig, backend: Backend, layers: list[Params], axes: Axes,
-    x: Array, kv_caches: list[Any], ropes: Ropes, batch: RaggedBatch,
-) -> tuple[Array, list[Any], list[Array]]:  # fmt: skip
-    """All layers of this device's stage, of which `layers` are the parameters. x [T, D] -> [T, D], new caches, and what
-    went into each layer and came out of the last."""
-    stages, caches, states = axes.stage.size, [], [x]
+    xs: Sequence[Array], kv_caches: list[Any], ropes: Sequence[Ropes], batches: Sequence[RaggedBatch],
+) -> tuple[Sequence[Array], list[Any], list[Sequence[Array]]]:  # fmt: skip
+    """All layers of this device's stage, of which `layers` are the parameters. xs: each micro-batch's [T, D] -> same,
+    new caches, and what went into each layer and came out of the last.
+
+    Layer after layer takes one micro-batch after the other: while the devices add up one, they compute the next.
+    """
+    stages, caches, states = axes.stage.size, [], [xs]
     for place, p, cache in zip(stage_layers(config.layers, stages), layers, kv_caches, strict=True):
         if stages > 1:
             p = jax.tree.map(lambda a: a[0], p)
@@ -135,11 +142,15 @@ def _stage(
         if len(kinds) > 1:  # a place without a layer has weights of zero, and so may be of any kind
             of_stage = [order.index(config.layers[i]) if i is not None else 0 for i in place]
             which = jnp.array(of_stage, jnp.int32)[axes.stage.index()]
-        own = tuple(ropes[kind.rope] if kind.rope is not None else None for kind in order)
-        x, cache = decoder_layer(config, tuple(kinds.items()), backend, axes, p, cache, x, own, batch, which)
+        following = []
+        for x, rope, batch in zip(xs, ropes, batches, strict=True):
+            own = tuple(rope[kind.rope] if kind.rope is not None else None for kind in order)
+            x, cache = decoder_layer(config, tuple(kinds.items()), backend, axes, p, cache, x, own, batch, which)
+            following.append(x)
+        xs = following
         caches.append(cache)
-        states.append(x)
-    return x, caches, states
+        states.append(xs)
+    return xs, caches, states
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced and lowered once for all layers that are alike; XLA inlines it
@@ -243,6 +254,7 @@ def _attention(
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         with jax.named_scope("attend"):
             out, kv_cache = backend.update_and_attend(q, k, finite(v), kv_cache, batch, spec, **options)
+    out, kv_cache = _in_order(axes, out, kv_cache)
     return project(out, p["out"]), kv_cache
 
 
@@ -263,7 +275,13 @@ def _latent_attention(
     q, k = mla.queries_and_key(x, p, latent, config.norm_eps, rope)
     with jax.named_scope("attend"):
         out, kv_cache = backend.update_and_attend(q, finite(k), None, kv_cache, batch, spec)
+    out, kv_cache = _in_order(axes, out, kv_cache)
     return mla.heads_output(out, p), kv_cache
+
+
+def _in_order(axes: Axes, out: Array, kv_cache: Any) -> tuple[Array, Any]:
+    """-> the same, such that the next micro-batch writes to the cache after this one has read it: else it is copied."""
+    return jax.lax.optimization_barrier((out, kv_cache)) if axes.micro_batches > 1 else (out, kv_cache)
 
 
 def _mlp(config: ModelConfig, layer: LayerSpec, axes: Axes, p: Params, x: Array, batch: RaggedBatch) -> Array:

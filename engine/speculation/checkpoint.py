@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.kv_scales import abstract_scales, wanted, with_scales
 from engine.models.config import ModelConfig
 from engine.models.fields import Fields
 from engine.models.narrow_placement import abstract_narrow, random_narrow
@@ -37,24 +38,32 @@ class Draft(NamedTuple):
     load: Load | None = None
 
 
-def open_draft(spec: SpeculativeConfig, target: ModelConfig, checkpoint: Any, *, dummy: bool) -> Draft:
+def open_draft(spec: SpeculativeConfig, target: ModelConfig, checkpoint: Any, *, dummy: bool, kv_dtype: str) -> Draft:
     """-> what drafts for a model of this config and opened checkpoint. `dummy`: config.json is enough.
+
+    A draft model's scales of keys and values are its checkpoint's or measured, as the verifying model's are. A head
+    reads what that model computes, so that tokens alone measure nothing of it: it stores numbers as they are.
 
     Errors: ValueError that names the setting, or the file at fault.
     """
+    if spec.has_head and kv_dtype == "int8":
+        raise ValueError(f"kv_cache_dtype: int8 needs scales, which a head for method {spec.method!r} lacks; take fp8")
     if spec.method == "mtp":
         return _open_mtp(spec, target, None if dummy else checkpoint)
     if spec.model is None:
         return Draft(Drafter(spec))
     path = locate(spec.model, weights=not dummy, setting="speculative_config: model")
-    return (_open_eagle3 if spec.method == "eagle3" else _open_model)(spec, target, path, dummy)
+    if spec.method == "eagle3":
+        return _open_eagle3(spec, target, path, dummy)
+    return _open_model(spec, target, path, dummy, kv_dtype)
 
 
 def abstract_draft(drafter: Drafter, dtype: str) -> Params:
     """-> shapes and dtypes of the parameters that draft."""
     assert drafter.model is not None
     own = {name: jax.ShapeDtypeStruct(s.shape, s.dtype or dtype) for name, s in _head_specs(drafter).items()}
-    return abstract_narrow(whole(drafter.model), dtype, {}) | own
+    params = abstract_narrow(whole(drafter.model), dtype, {}) | own
+    return abstract_scales(drafter.model, params) if drafter.scaled else params
 
 
 def _head_specs(drafter: Drafter) -> dict[str, ParamSpec]:
@@ -70,16 +79,21 @@ def _head_specs(drafter: Drafter) -> dict[str, ParamSpec]:
     return {}
 
 
-def _open_model(spec: SpeculativeConfig, target: ModelConfig, path: Path, dummy: bool) -> Draft:
+def _open_model(spec: SpeculativeConfig, target: ModelConfig, path: Path, dummy: bool, kv_dtype: str) -> Draft:
     checkpoint = None if dummy and path.is_dir() else open_checkpoint(path)
     model = checkpoint.config if checkpoint else read_config(path)
     if model.vocab_size != target.vocab_size:
         sizes = f"has a vocabulary of {model.vocab_size} tokens, and the model that verifies {target.vocab_size}"
         raise ValueError(f"speculative_config: model {spec.model} {sizes}; take one with the same tokenizer")
-    drafter = Drafter(spec, replace(model, max_model_len=target.max_model_len))
-    return Draft(
-        drafter, lambda dtype, seed: load_params(checkpoint, dtype) if checkpoint else _random(drafter, dtype, seed)
-    )
+    model = replace(model, max_model_len=target.max_model_len)
+    stored = checkpoint.kv_scales if isinstance(checkpoint, Checkpoint) else {}
+    drafter = Drafter(spec, model, scaled=wanted(model, kv_dtype, stored))
+
+    def load(dtype: str, seed: int) -> Params:
+        params = load_params(checkpoint, dtype) if checkpoint else _random(drafter, dtype, seed)
+        return with_scales(model, dtype, params, stored, seed) if drafter.scaled else params
+
+    return Draft(drafter, load)
 
 
 def _open_eagle3(spec: SpeculativeConfig, target: ModelConfig, path: Path, dummy: bool) -> Draft:

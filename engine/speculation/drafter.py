@@ -15,6 +15,7 @@ class Drafter(NamedTuple):
     model: ModelConfig | None = None
     taps: tuple[int, ...] = ()  # EAGLE-3: the layers whose input it reads
     norm_before_residual: bool = False  # EAGLE-3: whether its residual is what its norm makes of that
+    scaled: bool = False  # whether its layers have scales of keys and values
 
     @property
     def has_head(self) -> bool:

@@ -34,20 +34,23 @@ def keep_or_redraw(
     """-> i32[R]: each row's `token` if its limits keep it, else what is drawn from those that they keep.
 
     logits f32[R, V]; token i32[R]: the argmax of (logits - best) / temperature + noise; best f32[R]: the largest
-    logit, finite; temperature f32[R], above 0; top_k i32[R], top_p f32[R], min_p f32[R]: as SamplingParams', 0, 1 and 0
-    are off; keys u32[R, 2]: for `noise`; cut bool[R]: rows without it keep their token, whatever else they hold.
+    logit; temperature f32[R], above 0; top_k i32[R], top_p f32[R], min_p f32[R]: as SamplingParams', 0, 1 and 0 are
+    off; keys u32[R, 2]: for `noise`; cut bool[R]: rows without it keep their token, whatever else they hold, and so do
+    those whose best logit is not finite.
     """
     rows, vocab = logits.shape
-    k = jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)
-    floats = jnp.stack([best, temperature, top_p, min_p], axis=1)
-    ints = jnp.stack([token, k, cut.astype(jnp.int32)], axis=1)
 
-    def draw(logits: Any, floats: Any, ints: Any, keys: Any, out: Any) -> None:
+    def draw(
+        logits: Any, token: Any, best: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, keys: Any, cut: Any,
+        out: Any,
+    ) -> None:  # fmt: skip
         row = pl.program_id(0)
-        scalars = lambda ref, count: [plgpu.load(ref.at[row * count + i]) for i in range(count)]
-        best, temperature, top_p, min_p = scalars(floats, 4)
-        token, k, cut = scalars(ints, 3)
-        first, second = scalars(keys, 2)
+        token, best, temperature, top_k, top_p, min_p, cut = (
+            plgpu.load(ref.at[row]) for ref in (token, best, temperature, top_k, top_p, min_p, cut)
+        )
+        first, second = (plgpu.load(keys.at[row * 2 + i]) for i in range(2))
+        cut = jnp.where(jnp.abs(best) < jnp.inf, cut, 0)
+        k = jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)
         by_k, by_p = (cut > 0) & (k < vocab), (cut > 0) & (top_p < 1)
         wanted = k.astype(jnp.float32)
         turns = lambda needed: jnp.where(needed, jnp.int32(pl.cdiv(vocab, BLOCK)), jnp.int32(0))
@@ -123,8 +126,9 @@ def keep_or_redraw(
         plgpu.store(out.at[row], token)
 
     assert vocab < 2**24 and rows * vocab < 2**31  # token ids that float32 holds, offsets that int32 holds
+    inputs = (logits, token, best, temperature, top_k, top_p, min_p, keys, cut.astype(jnp.int32))
     return launch(
-        draw, [x.reshape(-1) for x in (logits, floats, ints, keys)], jax.ShapeDtypeStruct((rows,), jnp.int32),
+        draw, [x.reshape(-1) for x in inputs], jax.ShapeDtypeStruct((rows,), jnp.int32),
         grid=(rows,), tiles=Tiles(0, 0, 8, 1), interpret=interpret,
     )  # fmt: skip
 

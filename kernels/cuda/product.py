@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.cuda import hopper_narrow
+from kernels.cuda import hopper_narrow, vector
 from kernels.cuda.activations import narrow
 from kernels.cuda.matrix import Tile
 from kernels.cuda.narrow import narrow_product
@@ -20,15 +20,16 @@ DEPTH = 128  # inputs of a turn, where so many divide all
 THIN = 64  # tokens up to which reading the weight takes longest
 FEW_OUTPUTS = 8192  # of which tiles of 64 are fewer than a large GPU's multiprocessors
 SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor that a program may have
-KERNELS = ("triton", "inside", "hopper", "library")
+KERNELS = ("vector", "triton", "inside", "hopper", "library")
 CHANNEL, BLOCK, PACKED = "channel", "block", "packed"  # what kernels tell apart
 
 
 class Plan(NamedTuple):
     """How a product is computed.
 
-    kernel: "triton" unpacks weights, or takes activations that were made narrow before; "inside" makes them narrow in
-    each program; "hopper" is Mosaic's; "library" leaves the product to XLA, which calls cuBLAS.
+    kernel: "vector" is for a few tokens, without tensor cores; "triton" unpacks weights, or takes activations that were
+    made narrow before; "inside" makes them narrow in each program; "hopper" is Mosaic's; "library" leaves the product
+    to XLA, which calls cuBLAS.
     """
 
     kernel: str
@@ -46,13 +47,17 @@ def kind_of(weight: QuantizedTensor) -> str | None:
     return BLOCK if layout.format == "fp8" and group >= 32 and group & (group - 1) == 0 else None
 
 
-def default_plan(kind: str, M: int, N: int, K: int, group: int) -> Plan:
-    """-> what serves M tokens where nothing was tuned. `group`: inputs that share a scale.
+def default_plan(weight: QuantizedTensor, M: int) -> Plan:
+    """-> what serves M tokens and a weight [N, K] where nothing was tuned.
 
     Few tokens: a weight with few outputs is split over its inputs, so that every multiprocessor has some of it.
     """
+    kind, N, K = kind_of(weight), weight.values.shape[0], weight.inputs
+    group = K // weight.scales.shape[1]
     depth = min(DEPTH, K & -K)  # weights of 4 bits are cut in turns of their own
-    if (kind == CHANNEL and (M > 16 or depth < LEAST)) or (kind == PACKED and M > 128):
+    if M == 1 and vector.supports(weight) is None:
+        return Plan("vector", Tile(1, 8, 1024, stages=1))
+    if kind is None or (kind == CHANNEL and (M > 16 or depth < LEAST)) or (kind == PACKED and M > 128):
         return Plan("library")
     splits = 4 if N <= FEW_OUTPUTS and K % (4 * 256) == 0 else 1
     if kind == BLOCK and group == hopper_narrow.BLOCK and (THIN if splits > 1 else 16) < M and on_hopper():
@@ -75,14 +80,15 @@ def dtype_name(weight: QuantizedTensor) -> str:
     return " ".join([layout.format, group, layout.activations, *extra])
 
 
-def tuned_plan(kind: str, weight: QuantizedTensor, M: int, device: str) -> Plan:
+def tuned_plan(weight: QuantizedTensor, M: int, device: str) -> Plan:
     """-> what was found to be best for a device and a batch, or else the default."""
     N, K = weight.values.shape[0], weight.inputs
     name = file_name("product", {"N": N, "K": K}, dtype_name(weight), device)
     entry = found_for(name, M)
-    if entry is None:
-        return default_plan(kind, M, N, K, K // weight.scales.shape[1])
-    return plan_of(entry, name)
+    plan = default_plan(weight, M) if entry is None else plan_of(entry, name)
+    if plan.kernel == "vector" and M > vector.MOST_TOKENS:  # the nearest batch was so much smaller
+        return default_plan(weight, M)
+    return plan
 
 
 def plan_of(entry: dict[str, Any], name: str) -> Plan:
@@ -95,9 +101,7 @@ def plan_of(entry: dict[str, Any], name: str) -> Plan:
 
 def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
     """x [M, K], weight [N, K] -> [M, N] in `dtype`, by the kernel that is best for this GPU."""
-    kind = kind_of(weight)
-    device = jax.local_devices()[0].device_kind
-    plan = Plan("library") if kind is None else tuned_plan(kind, weight, x.shape[0], device)
+    plan = tuned_plan(weight, x.shape[0], jax.local_devices()[0].device_kind)
     if plan.kernel == "hopper" and not may_be_hoppers(plan.tile, weight, dtype):
         plan = Plan("triton", Tile(64, 64, 128))
     return multiply(x, weight, dtype, plan)
@@ -125,6 +129,8 @@ def multiply(
 ) -> Array:
     """x [M, K], weight [N, K] -> [M, N] in `dtype`, as the plan says."""
     layout, kernel, tile = weight.layout, plan.kernel, plan.tile
+    if kernel == "vector":
+        return vector.rows_product(x, weight, dtype, tile=tile, interpret=interpret)
     if kernel == "library" or kind_of(weight) is None:
         return library_product(x, weight, dtype)
     if layout.activations == "none":

@@ -1,7 +1,7 @@
 """Run by tests in a process with 8 CPU devices: a tiny model's answers on one device and on meshes of several.
 
-python -m tests.engine.parallel_program FOLDER TPxPPxDP[e]...   (e: whole experts on devices) prints a JSON object by
-mesh. FOLDER is in tests/data/tiny, or a path; without weights they are random.
+python -m tests.engine.parallel_program FOLDER TPxPPxDP[e|h]... prints a JSON object by mesh. e: whole experts on devices;
+h: longer steps in halves, as they are on GPUs. FOLDER is in tests/data/tiny, or a path; without weights they are random.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ TINY = Path(__file__).parents[1] / "data" / "tiny"
 
 
 def answers(folder: str, mesh: str) -> dict:
-    from engine import LLM, SamplingParams
+    from engine import LLM, SamplingParams, layout
 
-    tensor, pipeline, data = map(int, mesh.rstrip("e").split("x"))
+    layout.HALF_TOKENS = {"cpu": 4} if mesh.endswith("h") else {}
+    tensor, pipeline, data = map(int, mesh.rstrip("eh").split("x"))
     has_weights = (TINY / folder / "model.safetensors").exists()
     llm = LLM(
         model=str(TINY / folder), load_format="auto" if has_weights else "dummy", skip_tokenizer_init=True,

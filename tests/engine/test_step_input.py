@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def _plan(*rows: tuple[list[int], int, int, list[int]]) -> StepPlan:
 
 @pytest.mark.parametrize("seqs", [1, 2, 3, 8, 32, 100])
 @pytest.mark.parametrize("budget", [1, 4, 16, 100, 512])
-@pytest.mark.parametrize("buckets", [step_shapes, gpu_step_shapes])
+@pytest.mark.parametrize("buckets", [step_shapes, gpu_step_shapes, partial(gpu_step_shapes, one_row=True)])
 @pytest.mark.parametrize("plain", [False, True])
 def test_every_possible_plan_has_a_bucket(plain: bool, buckets, seqs: int, budget: int):
     if budget < seqs:

@@ -134,7 +134,7 @@ def test_file_names_hold_no_separators():
 @pytest.mark.parametrize("tokens", [1, 48, 128, 4096])
 def test_searches_try_nothing_that_cannot_fit(name, tokens):
     weight = jax.eval_shape(lambda: random_weight(name, 1024, 1536))
-    default = default_plan(kind_of(weight) or "", tokens, 1024, 1536, 128)
+    default = default_plan(weight, tokens)
     first = starts(weight, tokens, default)
     assert first
     assert fits(default, weight)

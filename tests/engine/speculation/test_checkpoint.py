@@ -43,7 +43,7 @@ def eagle3_tensors() -> dict[str, np.ndarray]:
 def open_eagle3(folder: pathlib.Path, tensors: dict[str, np.ndarray], **changes: Any) -> Any:
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     save_file(tensors, folder / "model.safetensors")
-    return open_draft(SpeculativeConfig("eagle3", 3, model=str(folder)), TARGET, None, dummy=False)
+    return open_draft(SpeculativeConfig("eagle3", 3, model=str(folder)), TARGET, None, dummy=False, kv_dtype="float32")
 
 
 def check_shapes(draft: Any, params: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def test_the_layer_behind_the_last_becomes_an_mtp_head(tmp_path: pathlib.Path):
     save_file(tensors | mtp, tmp_path / "model.safetensors")
 
     checkpoint = open_checkpoint(tmp_path)
-    draft = open_draft(SpeculativeConfig("mtp", 2), checkpoint.config, checkpoint, dummy=False)
+    draft = open_draft(SpeculativeConfig("mtp", 2), checkpoint.config, checkpoint, dummy=False, kv_dtype="float32")
     assert draft.load is not None
     params = draft.load("float32", 0)
     check_shapes(draft, params)
@@ -130,4 +130,4 @@ def test_the_layer_behind_the_last_becomes_an_mtp_head(tmp_path: pathlib.Path):
     np.testing.assert_allclose(params["embed"], tensors["lm_head.weight"] + 1)
     with pytest.raises(ValueError, match="method 'mtp' needs another checkpoint"):
         checkpoint = open_checkpoint(TINY_DEEPSEEK)
-        open_draft(SpeculativeConfig("mtp", 2), checkpoint.config, checkpoint, dummy=False)
+        open_draft(SpeculativeConfig("mtp", 2), checkpoint.config, checkpoint, dummy=False, kv_dtype="float32")

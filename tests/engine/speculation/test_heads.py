@@ -71,7 +71,7 @@ def computed(
     the model's logits [rows, V] for each sequence's last token."""
     checkpoint, backend = open_checkpoint(folder), BACKENDS["xla"]
     model = checkpoint.config
-    draft = open_draft(spec, model, checkpoint, dummy=False)
+    draft = open_draft(spec, model, checkpoint, dummy=False, kv_dtype="float32")
     drafter = draft.drafter
     assert drafter.model is not None and draft.load is not None
     params = load_params(checkpoint, "float32") | {"draft": draft.load("float32", 0)}

@@ -63,13 +63,13 @@ def test_a_token_is_the_best_of_those_that_the_limits_keep(spread: float):
     assert len(set(wanted) - set(scores.argmax(1))) > 2, "some must have been drawn anew"
 
 
-def test_rows_that_are_not_cut_keep_their_token_whatever_they_hold():
+def test_rows_that_are_not_cut_or_have_no_best_logit_keep_their_token_whatever_they_hold():
     logits = jnp.full((2, VOCAB), jnp.nan)
     ones = jnp.ones(2)
     token = jnp.array([3, 4], jnp.int32)
     got = keep_or_redraw(
-        logits, token, ones * jnp.nan, ones, jnp.array([5, 0], jnp.int32), ones * 0.5, ones,
-        jnp.ones((2, 2), jnp.uint32), jnp.zeros(2, bool), noise=noise, interpret=True,
+        logits, token, ones * jnp.nan, ones, jnp.array([5, 5], jnp.int32), ones * 0.5, ones,
+        jnp.ones((2, 2), jnp.uint32), jnp.array([False, True]), noise=noise, interpret=True,
     )  # fmt: skip
     np.testing.assert_array_equal(got, token)
 

@@ -14,10 +14,7 @@ from kernels.cuda import hopper_narrow
 from kernels.cuda.activations import narrow
 from kernels.cuda.matrix import Tile
 from kernels.cuda.product import (
-    BLOCK,
-    CHANNEL,
     KERNELS,
-    PACKED,
     Plan,
     default_plan,
     kind_of,
@@ -117,20 +114,25 @@ def test_hoppers_own_product_lowers(rows):
         assert "mosaic_gpu" in run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("kind", [CHANNEL, BLOCK, PACKED])
+LAYOUTS = [Layout("fp8", activations="token"), Layout("fp8", 128, 128, "token_group"), Layout("int4", 128, split=128)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("count", [1, 8, 17, 64, 100, 2000])
-def test_default_plans_cut_products_into_whole_turns(kind, count):
+def test_default_plans_cut_products_into_whole_turns(layout, count):
     for inputs in (512, 1536, 14336 // 8, 14336):
-        plan = default_plan(kind, count, 4096, inputs, 128)
+        weight = jax.eval_shape(partial(quantize, layout=layout), jax.ShapeDtypeStruct((4096, inputs), float32))
+        plan = default_plan(weight, count)
         assert plan.kernel in KERNELS
-        turn = 256 if kind == PACKED else plan.tile.depth  # two numbers in each byte of a run of 128
-        assert plan.kernel == "library" or inputs % (turn * plan.tile.splits) == 0
+        assert (plan.kernel == "vector") == (count == 1)
+        turn = 256 if layout.packing == 2 else plan.tile.depth  # two numbers in each byte of a run of 128
+        assert plan.kernel in ("library", "vector") or inputs % (turn * plan.tile.splits) == 0
 
 
 @pytest.mark.parametrize("layout", [Layout("fp8", 64, 64, "token_group"), Layout("fp8", activations="token")])
 def test_default_plans_take_inputs_that_128_does_not_divide(layout):
     weight, x = quantize(jnp.asarray(np.random.default_rng(2).standard_normal((128, 576))), layout), tokens(8, 576)
-    plan = default_plan(kind_of(weight) or "", 8, 128, 576, 576 // weight.scales.shape[1])
+    plan = default_plan(weight, 8)
     assert plan.kernel == "triton"
     assert relative(multiply(x, weight, float32, plan, interpret=True), reference(x, weight, float32)) < 3e-3
 
@@ -147,12 +149,24 @@ def test_a_tuned_plan_is_that_of_the_nearest_batch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     weight = random_weight("int4", N, K)
-    assert tuned_plan("packed", weight, 8, "some GPU") == default_plan("packed", 8, N, K, 128)
+    assert tuned_plan(weight, 8, "some GPU") == default_plan(weight, 8)
     name = "product,N=192,K=512,int4 128x1 none,some_GPU.json"
     entry = {"kernel": "triton", "rows": 16, "columns": 32, "depth": 128, "us": 3.5}
     tuned.write(tmp_path / name, {1: entry, 64: entry | {"rows": 64}})
     tuned._read.cache_clear()
-    assert tuned_plan("packed", weight, 8, "some GPU") == Plan("triton", Tile(16, 32, 128))
-    assert tuned_plan("packed", weight, 60, "some GPU").tile.rows == 64
+    assert tuned_plan(weight, 8, "some GPU") == Plan("triton", Tile(16, 32, 128))
+    assert tuned_plan(weight, 60, "some GPU").tile.rows == 64
     with pytest.raises(ValueError, match="names no kernel"):
         plan_of({"kernel": "triton", "bogus": 1}, name)
+
+
+def test_a_batch_near_a_tuned_one_of_a_few_tokens_is_not_given_its_kernel(tmp_path, monkeypatch):
+    from kernels import tuned
+
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    weight = random_weight("int8", N, K)
+    entry = {"kernel": "vector", "rows": 1, "columns": 4, "depth": 512}
+    tuned.write(tmp_path / "product,N=192,K=512,int8 512x1 none,some_GPU.json", {1: entry})
+    tuned._read.cache_clear()
+    assert tuned_plan(weight, 1, "some GPU") == Plan("vector", Tile(1, 4, 512))
+    assert tuned_plan(weight, 8, "some GPU") == default_plan(weight, 8)

@@ -119,6 +119,12 @@ def columns_product(x: Array, weight: Array, dtype: jnp.dtype, *, tile: Tile, in
     return _launch(kernel, [x, weight], (M, N), tile.columns, dtype, tile, interpret)
 
 
+def columns_tile(K: int, N: int) -> Tile:
+    """-> the tile of `columns_product` that gives every multiprocessor something, if there is enough."""
+    columns = 32 if N >= 4096 else 16
+    return Tile(1, columns, 16 * 32 * 8 // columns, warps=16, stages=2)
+
+
 class _Parts(NamedTuple):
     """A quantized weight as a program sees it, which has some columns of its outputs and blocks of `depth`."""
 

@@ -99,9 +99,7 @@ class StepCompiler:
         self.shapes = shapes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
         if drafter is not None:
             most = drafter.config.num_speculative_tokens
-            # One row's drafts are a small model's, whose products of one token on a GPU are not XLA's.
-            alone = device.platform == "gpu" and drafter.model is not None
-            self.shapes = speculative_shapes(self.shapes, most, resolved.max_num_batched_tokens, alone)
+            self.shapes = speculative_shapes(self.shapes, most, resolved.max_num_batched_tokens)
 
         def counted(*arguments: Any) -> Any:
             self.num_traces += 1

@@ -77,18 +77,12 @@ def gpu_step_shapes(max_num_seqs: int, max_num_batched_tokens: int, one_row: boo
     return list(dict.fromkeys(plain + full))
 
 
-def speculative_shapes(
-    shapes: Sequence[StepShape], drafts: int, max_num_batched_tokens: int, one_row: bool = False
-) -> list[StepShape]:
+def speculative_shapes(shapes: Sequence[StepShape], drafts: int, max_num_batched_tokens: int) -> list[StepShape]:
     """-> the buckets of an engine that speculates: `shapes`, and for its decodes up to 64 rows some with drafts.
 
-    Each of those once with all drafts for all rows, and once with room for those of a few. `one_row`: there is one for
-    a single row, too, with a multiple of eight tokens.
+    Each of those once with all drafts for all rows, and once with room for those of a few.
     """
     found = [shape._replace(follows=True) for shape in shapes]
-    tokens = -(-(1 + drafts) // 8) * 8
-    if one_row and tokens <= max_num_batched_tokens:
-        found.append(StepShape(1, tokens, plain=True, drafts=drafts, follows=True))
     for shape in found[:]:
         if shape.rows == shape.tokens <= MOST_SPECULATING_ROWS:
             for room in (max(drafts, shape.rows * drafts // 4), shape.rows * drafts):

@@ -17,7 +17,6 @@ from kernels.pallas import product as pallas
 from kernels.quantized import Joined, QuantizedTensor, Weight, dequantize, quantize_activations
 
 CPU_BLOCK = 1024  # outputs
-SMALL = 32 << 20  # bytes of a plain weight of which XLA's products of one token take longer than reading it
 ONE_TOKEN = Tile(1, 2, 512, warps=2, stages=2)  # of a plain weight's rows on a GPU, where XLA makes poor work of it
 
 
@@ -35,17 +34,7 @@ def product(x: Array, weight: Weight) -> Array:
         return y.reshape(x.shape[0], *weight.outputs)
     if x.ndim > 2:
         weight = weight.reshape(flat.shape[1], *weight.shape[x.ndim - 1 :])
-    plain = lambda x, weight: jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())))
-    if x.shape[0] > 1 or x.dtype.itemsize > 2 or weight.nbytes > SMALL:
-        return plain(flat, weight)
-    return jax.lax.platform_dependent(flat, weight, cuda=_of_one_token, default=plain)
-
-
-def _of_one_token(x: Array, weight: Array) -> Array:
-    """x [1, K], weight [K, *out] -> [1, *out] on a GPU."""
-    columns = weight.reshape(weight.shape[0], -1)
-    y = vector.columns_product(x, columns, x.dtype, tile=vector.columns_tile(*columns.shape))
-    return y.reshape(1, *weight.shape[1:])
+    return jax.lax.dot_general(flat, weight, (((1,), (0,)), ((), ())))
 
 
 def rows_product(x: Array, rows: Array | QuantizedTensor) -> Array:

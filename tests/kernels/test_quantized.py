@@ -121,26 +121,44 @@ def random_tensor(layout: Layout, outputs: int = 96, **others: str) -> Quantized
 FOR_CPUS = {
     "int8": random_tensor(Layout("int8")),
     "Q8_0": random_tensor(Layout("int8", group=32)),
-    "Q4_0": random_tensor(Layout("int4", group=32, split=32)),
-    "Q4_1": random_tensor(Layout("int4", group=32, split=32), minima="float16"),
-    "AWQ": random_tensor(Layout("int4", group=128, split=32), zeros="uint8"),
+    "Q4_0": random_tensor(Layout("int4", group=32, split=16)),
+    "Q4_1": random_tensor(Layout("int4", group=32, split=16), minima="float16"),
+    "AWQ": random_tensor(Layout("int4", group=128, split=16), zeros="uint8"),
     "Q4_K": random_tensor(
-        Layout("q4_k", group=32, split=32), minima="uint8", super_scales="float16", super_minima="float16"
+        Layout("q4_k", group=32, split=16), minima="uint8", super_scales="float16", super_minima="float16"
     ),
 }
 
 
 @pytest.mark.parametrize("weight", FOR_CPUS.values(), ids=FOR_CPUS.keys())
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_integer_products_are_off_by_the_rounding_of_activations_to_16_bits(weight, tokens):
+@pytest.mark.parametrize("most_windows", [cpu.MOST_WINDOWS, 8], ids=["written out", "in pieces"])
+def test_products_of_few_tokens_on_a_cpu_are_off_by_the_rounding_of_float32(weight, tokens, most_windows, monkeypatch):
+    monkeypatch.setattr(cpu, "MOST_WINDOWS", most_windows)
     x = np.random.default_rng(3).standard_normal((tokens, INPUTS)).astype(np.float32)
-    x[:, 64:128] = 0
     assert cpu.supports(tokens, weight)
     y = np.asarray(cpu.few_tokens(jnp.asarray(x), weight, jnp.dtype("float32")))
     w = np.asarray(dequantize(weight, "float32")).astype(np.float64)
-    windows = x.reshape(tokens, -1, cpu.WINDOW)
-    step = np.maximum(np.abs(windows).max(axis=-1, keepdims=True) / np.float32(32767), 1e-30)
-    rounded = (np.round(windows / step) * step).astype(np.float64).reshape(x.shape)
-    assert np.abs(rounded - x).max() <= np.abs(x).max() / 65000
-    error = np.abs(y - rounded @ w.T)
-    assert np.all(error <= 2e-6 * np.abs(x).sum() * np.abs(w).max())
+    error = np.abs(y - x.astype(np.float64) @ w.T)
+    assert np.all(error <= 1e-6 * np.abs(x).sum(axis=-1, keepdims=True) * np.abs(w).max())
+
+
+def test_groups_must_fit_what_is_written_out():
+    whole = lambda group: random_tensor(Layout("int4", group=group, split=cpu.SPLIT))
+    assert cpu.supports(1, whole(64))
+    assert not cpu.supports(1, whole(16))
+    large = jnp.zeros((1, cpu.MOST_WINDOWS * cpu.WINDOW), jnp.uint8)
+    scales = jnp.zeros((1, 1))
+    layout = Layout("int4", group=2 * large.shape[1], split=cpu.SPLIT)
+    assert not cpu.supports(1, QuantizedTensor(layout, large, scales))
+    assert cpu.supports(1, QuantizedTensor(Layout("int4", split=cpu.SPLIT), large, scales))
+
+
+@pytest.mark.parametrize("windows", [1, 18, 48, 97, 448])
+def test_a_weight_is_cut_into_as_few_pieces_as_divide_its_groups_and_superblocks(windows):
+    inputs = windows * cpu.WINDOW
+    shape = lambda width: jnp.zeros((1, width), jnp.uint8)
+    plain = QuantizedTensor(Layout("int4", group=32, split=cpu.SPLIT), shape(inputs // 2), shape(inputs // 32))
+    assert cpu.pieces(plain) == {1: 1, 18: 1, 48: 1, 97: 97, 448: 14}[windows]
+    if inputs % SUPER == 0:
+        assert (inputs // SUPER) % cpu.pieces(plain.replace(super_scales=shape(inputs // SUPER))) == 0

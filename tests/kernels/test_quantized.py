@@ -100,7 +100,10 @@ def test_logits_of_narrow_weights_are_float32():
 
 
 def random_tensor(layout: Layout, outputs: int = 96, **others: str) -> QuantizedTensor:
-    """-> a weight of random bits [outputs, INPUTS]; `others`: dtypes of further arrays."""
+    """-> a weight of random bits [outputs, INPUTS], scales of one group in sixteen 50 times as large as the others'.
+
+    `others`: dtypes of further arrays.
+    """
     draw = np.random.default_rng(2)
     groups = INPUTS // (layout.group or INPUTS)
     if layout.packing == 2:
@@ -108,13 +111,17 @@ def random_tensor(layout: Layout, outputs: int = 96, **others: str) -> Quantized
     else:
         values = draw.integers(-127, 128, (outputs, INPUTS), np.int8)
 
-    def numbers(dtype: str, count: int) -> jnp.ndarray:
+    def numbers(dtype: str, count: int, limit: int = 16) -> jnp.ndarray:
         if dtype.startswith("float"):
-            return jnp.asarray(draw.standard_normal((outputs, count)), dtype)
-        return jnp.asarray(draw.integers(0, 16, (outputs, count)), dtype)
+            outliers = np.where(draw.random((outputs, count)) < 1 / 16, 50, 1)
+            return jnp.asarray(draw.standard_normal((outputs, count)) * outliers, dtype)
+        return jnp.asarray(draw.integers(0, limit, (outputs, count)), dtype)
 
-    scales = numbers("uint8" if layout.format == "q4_k" else "float16", groups)
-    more = {name: numbers(dtype, INPUTS // SUPER if "super" in name else groups) for name, dtype in others.items()}
+    scales = numbers({"q4_k": "uint8", "q6_k": "int8", "mxfp4": "uint8"}.get(layout.format, "float16"), groups)
+    if layout.format == "mxfp4":
+        scales = scales + jnp.uint8(120)  # powers of two from 2 ** -7 to 2 ** 8
+    sizes = {"super_scales": (INPUTS // SUPER,), "super_minima": (INPUTS // SUPER,), "high": (INPUTS // 4, 256)}
+    more = {name: numbers(dtype, *sizes.get(name, (groups,))) for name, dtype in others.items()}
     return QuantizedTensor(layout, jnp.asarray(values), scales, **more)
 
 
@@ -128,6 +135,19 @@ FOR_CPUS = {
         Layout("q4_k", group=32, split=16), minima="uint8", super_scales="float16", super_minima="float16"
     ),
 }
+PACKED = FOR_CPUS | {
+    "GPTQ, groups of 16": random_tensor(Layout("int4", group=16, split=128), zeros="uint8"),
+    "MXFP4": random_tensor(Layout("mxfp4", group=32, split=128)),
+    "Q6_K": random_tensor(Layout("q6_k", group=16, split=128), high="uint8", super_scales="float16"),
+}
+
+
+@pytest.mark.parametrize("weight", PACKED.values(), ids=PACKED.keys())
+def test_a_product_with_a_packed_weight_is_that_of_what_it_stands_for(weight):
+    x = np.random.default_rng(3).standard_normal((5, INPUTS)).astype(np.float32)
+    w = np.asarray(dequantize(weight, "float32")).astype(np.float64)
+    y = np.asarray(product(jnp.asarray(x), weight))
+    assert np.all(np.abs(y - x @ w.T) <= 1e-6 * np.abs(x) @ np.abs(w).T)
 
 
 @pytest.mark.parametrize("weight", FOR_CPUS.values(), ids=FOR_CPUS.keys())

@@ -1,6 +1,6 @@
 """What a compiled TPU step does while devices exchange, by compiler options: a large model's layers, ahead of time.
 
-python scripts/tpu_overlap.py [--case llama-70b-v6e-2x4] [--layers 4] [--step decode] [--options default offload]
+python scripts/tpu_overlap.py [--case llama-70b-v6e-2x4] [--layers 4] [--step decode] [--halves] [--options default]
 
 A row for each set of options: how many collectives are asynchronous, and the estimated cycles of what is scheduled
 between their starts and ends; how many are not; the bytes that are on their way from HBM into VMEM during either; the
@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from tpu_parallel import CASES, LARGE, STEPS
 from tpu_steps import compile_step, from_hugging_face
 
+from engine import layout
 from sharding.mesh import replica_meshes
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,9 +98,12 @@ def main() -> None:
     parser.add_argument("--step", choices=STEPS, nargs="+", default=list(STEPS))
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--options", choices=OPTIONS, nargs="+", default=list(OPTIONS))
+    parser.add_argument("--halves", action="store_true", help="cut steps in two, as on GPUs")
     parser.add_argument("--text", help="where to put the compiled steps: a prefix")
     given = parser.parse_args()
     case = CASES[given.case]
+    if given.halves:
+        layout.HALF_TOKENS = {"tpu": 128}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=case.topology)
     (mesh,) = replica_meshes(topology.devices, len(topology.devices) // case.stages, case.stages)
     _, config = from_hugging_face(case.model, LARGE[case.model])

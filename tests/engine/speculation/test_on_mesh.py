@@ -28,12 +28,8 @@ def settings(folder: pathlib.Path, method: str, rows: int, **mesh: int) -> dict[
 def test_drafts_are_as_right_on_a_mesh_as_on_one_device(tmp_path: pathlib.Path):
     # What has pages of its own, with rows side by side; and what reads all stages, whose steps take long to compile.
     methods = {"draft_model": 2, "eagle3": 1}
-    cases = [
-        {"settings": settings(tmp_path, method, rows, **mesh)}
-        for method, rows in methods.items()
-        for mesh in ({}, MESH)
-    ]
-    found = run_module("tests.engine.weights.mesh_program", given=cases)
+    cases = [settings(tmp_path, method, rows, **mesh) for method, rows in methods.items() for mesh in ({}, MESH)]
+    found = run_module("tests.engine.weights.mesh_program", given=[{"settings": case} for case in cases])
     for method, one, other in zip(methods, found[::2], found[1::2], strict=True):
         assert other == one, method
         assert one[1] > 0, method

@@ -24,7 +24,7 @@ from engine.config import EngineConfig, ResolvedConfig
 from engine.executables import ExecutableCache
 from engine.hosts.join import Peers
 from engine.layout import EMPTY, StepLayout
-from engine.memory import RESERVE, MemoryPlan, plan_memory
+from engine.memory import RESERVE, MemoryPlan, free_in_one_piece, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.narrow import Plan, plan_of_few
 from engine.models.params import Params
@@ -131,9 +131,9 @@ class StepCompiler:
             loading = loader.submit(load, layout.placed)
             temporaries, free = 0, None
             if self._platform == "gpu" and layout.plan:
-                # Quantizing left holes between the weights, which the allocator does not give to a cache.
+                # Quantizing left holes between the weights, into which no layer's cache fits.
                 jax.block_until_ready(loading.result())
-                free = device.memory_stats()["largest_free_block_bytes"]
+                free = free_in_one_piece(device)
             if self._platform != "cpu":  # where nothing depends on them
                 measure = lambda: self._temporaries_of_few_layers(largest)
                 temporaries = self._cache.get_number("temporaries", measure)

@@ -80,6 +80,12 @@ def plan_memory(
     return plan
 
 
+def free_in_one_piece(device: Any) -> int | None:
+    """-> bytes of the largest piece that a device's pool has left; None where there is no pool, or one that grows."""
+    stats = device.memory_stats() or {}
+    return stats["largest_free_block_bytes"] if stats.get("pool_bytes") == stats.get("bytes_limit", -1) else None
+
+
 def limit_gpu_pool(config: EngineConfig) -> None:
     """Ask JAX's GPU allocator for our share of the card and no more; it reads this variable when a backend starts.
 

@@ -1,107 +1,113 @@
-"""Products of a few tokens with packed weights on a CPU, in integers: a decode reads 4 bits a weight and not 32.
+"""Products of a few tokens with packed weights on a CPU: a decode reads 4 or 8 bits a weight and not 32.
 
-Activations become int16 with one scale for 64 inputs, 2 ** -16 of the largest of them off at most. Sums of 64 products
-are exact in int32, and LLVM makes them of the processor's int16 dot products (vpmaddwd, vpdpwssd), provided that each
-is a sum of 32 pairs whose factors are there in memory: this form, and no other that was tried. So a window of 64
-inputs is multiplied as often as it has groups, with zeros for the inputs of other groups.
+LLVM may not reorder a sum of floats, and so makes slow code of a fusion that unpacks a weight and sums over its inputs.
+These fusions sum over no axis: neighbouring inputs lie side by side in LANES, which become a vector of the processor,
+and the next ones are added to them, term by term, written out. The lanes are summed last, by a product with ones, which
+XLA vectorizes.
 """
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
+
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from kernels.quantized import QuantizedTensor, superscaled
 
-WINDOW = 64
-SPLIT = WINDOW // 2  # what packed weights must have
+LANES = 16
+SPLIT = LANES  # what packed weights must have
+WINDOW = 2 * LANES  # inputs of a term
+MOST_WINDOWS = 48  # that are written out; a weight with more inputs is multiplied in pieces
 MOST_TOKENS = 4  # with more, unpacking the weight once is less work
 FORMATS = ("int8", "int4", "q4_k")
-LIMIT = np.float32(32767)
 
 
 def supports(tokens: int, weight: QuantizedTensor) -> bool:
     """-> whether `few_tokens` takes this many tokens and this weight."""
     layout = weight.layout
-    group = layout.group or weight.inputs
+    group = layout.group or WINDOW
     return (
         tokens <= MOST_TOKENS
         and layout.format in FORMATS
         and layout.activations == "none"
         and layout.rows == 1
         and layout.split in (0, SPLIT)
-        and weight.inputs % WINDOW == 0
-        and (group % WINDOW == 0 or WINDOW % group == 0)
+        and weight.inputs % WINDOW == group % WINDOW == 0
+        and group <= MOST_WINDOWS * WINDOW
     )
 
 
 def few_tokens(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:
-    """x [T, K], weight [N, K] -> [T, N] in `dtype`."""
-    layout = weight.layout
-    tokens, inputs = x.shape
-    groups = WINDOW // min(layout.group or inputs, WINDOW)  # of a window
-    windows = inputs // WINDOW
-    narrow, step = _narrow(x.reshape(tokens * windows, WINDOW))
-    placed = _placed(narrow, groups, layout.packing).reshape(tokens, windows, groups, SPLIT, 2)
-    placed = placed.swapaxes(0, 1).reshape(1, windows, tokens * groups, SPLIT, 2)
-    first, second = _pairs(weight)
-    sums = jnp.sum(first * placed[..., 0] + second * placed[..., 1], axis=-1)  # [N, windows, T * groups]
+    """x [T, K], weight [N, K] -> [T, N] in `dtype`, computed in float32."""
+    arrays, count = (x.astype(jnp.float32), weight), pieces(weight)
+    if count == 1:
+        return _product(*arrays).astype(dtype)
 
-    step = step.reshape(tokens, windows, 1)
-    totals = narrow.reshape(tokens, windows, groups, -1).sum(axis=-1)  # of narrow activations, [T, windows, groups]
-    sums = sums.reshape(-1, windows, tokens, groups)
-    scales, minima = _of_windows(superscaled(weight.scales, weight.super_scales), windows, groups), None
-    if weight.zeros is not None:
-        zeros = _of_windows(weight.zeros, windows, groups).astype(jnp.int32)
-        sums = sums - zeros[:, :, None] * totals.swapaxes(0, 1)[None]
-    elif layout.format == "int4" and weight.minima is None:
-        sums = sums - 8 * totals.swapaxes(0, 1)[None]
-    elif weight.minima is not None:
-        minima = _of_windows(superscaled(weight.minima, weight.super_minima), windows, groups)
-    rows = []
-    for token in range(tokens):
-        own = step[token].reshape(1, windows, 1)
-        y = sums[:, :, token].astype(jnp.float32) * (scales * own)
-        if minima is not None:
-            offsets = minima * (totals[token].astype(jnp.float32) * step[token])[None]
-            y = y - offsets if layout.format == "q4_k" else y + offsets
-        y = y.reshape(-1, windows * groups)
-        rows.append(y @ jnp.ones(y.shape[1]))  # a sum that XLA vectorizes
-    return jnp.stack(rows).astype(dtype)
+    def turn(i: Array, y: Array) -> Array:
+        def cut(a: Array) -> Array:
+            size = a.shape[-1] // count
+            return a if size == 0 else jax.lax.dynamic_slice_in_dim(a, i * size, size, axis=1)
+
+        return y + _product(*jax.tree.map(cut, arrays))
+
+    start = jnp.zeros((x.shape[0], weight.values.shape[0]))
+    return jax.lax.fori_loop(0, count, turn, start).astype(dtype)
 
 
-def _narrow(windows: Array) -> tuple[Array, Array]:
-    """windows [n, 64] -> int32 of 16 bits [n, 64], and what one step of each window is, [n, 1] float32."""
-    windows = windows.astype(jnp.float32)
-    step = jnp.max(jnp.abs(windows), axis=-1, keepdims=True) / LIMIT
-    return jnp.round(windows / jnp.where(step == 0, 1.0, step)).astype(jnp.int32), step
+def pieces(weight: QuantizedTensor) -> int:
+    """-> how many pieces a weight's inputs are cut in: no more windows than MOST_WINDOWS in each, and whole groups."""
+    widths = [weight.inputs // WINDOW, *(a.shape[-1] for a in jax.tree.leaves(weight) if a.shape[-1] > 1)]
+    fewest = -(-widths[0] // MOST_WINDOWS)
+    return next(count for count in range(fewest, widths[0] + 1) if all(width % count == 0 for width in widths))
 
 
-def _placed(narrow: Array, groups: int, packing: int) -> Array:
-    """narrow [n, 64] -> int32 [n, groups * 32 * 2]: each group's inputs in the order of the weight's pairs, and zeros.
+def _product(x: Array, weight: QuantizedTensor) -> Array:
+    """x [T, K] float32, weight [N, K] -> [T, N] float32."""
+    group = weight.layout.group or weight.inputs
+    scales = superscaled(weight.scales, weight.super_scales)
+    windows = range(0, group, WINDOW)
+    first, second = zip(*(_numbers(weight, at) for at in range(0, weight.inputs, WINDOW)), strict=True)
 
-    As a product with ones and zeros: XLA would work out anything else anew for every output.
-    """
-    index = np.arange(WINDOW)
-    pair, half = (index // 2, index % 2) if packing == 1 else (index % SPLIT, index // SPLIT)
-    places = np.zeros((WINDOW, groups, SPLIT, 2), np.int32)
-    places[index, index * groups // WINDOW, pair, half] = 1
-    placed = jnp.matmul(narrow, jnp.asarray(places.reshape(WINDOW, -1)))
-    return placed.astype(jnp.int16).astype(jnp.int32)  # so that LLVM knows their range
+    def term(token: Array, at: int) -> Array:
+        """-> the inputs `at` and on of one token, times the numbers of the weight, [N, LANES]."""
+        low, high = token[None, at : at + LANES], token[None, at + LANES : at + WINDOW]
+        return first[at // WINDOW] * low + second[at // WINDOW] * high
+
+    def of_group(token: Array, g: int) -> Array:
+        return reduce(add, (term(token, g * group + at) for at in windows)) * scales[:, g : g + 1]
+
+    offsets = _offsets(weight, scales)
+    rows: list[Array] = []
+    for token in x:
+        y = _sum(reduce(add, (of_group(token, g) for g in range(weight.inputs // group))))
+        if offsets is not None:
+            y = y + _sum(offsets * token.reshape(-1, group).sum(axis=-1)[None])
+        rows.append(y)
+    return jnp.stack(rows)
 
 
-def _pairs(weight: QuantizedTensor) -> tuple[Array, Array]:
-    """-> both values of each pair, int32 [N, windows, 1, 32]."""
+def _numbers(weight: QuantizedTensor, at: int) -> tuple[Array, Array]:
+    """-> the stored numbers of LANES inputs from `at` on, and of as many behind them, each [N, LANES] float32."""
     if weight.layout.packing == 1:
-        pairs = weight.values.reshape(weight.values.shape[0], -1, 1, SPLIT, 2).astype(jnp.int32)
-        return pairs[..., 0], pairs[..., 1]
-    packed = weight.values.reshape(weight.values.shape[0], -1, 1, SPLIT)
-    return (packed & jnp.uint8(15)).astype(jnp.int32), (packed >> jnp.uint8(4)).astype(jnp.int32)
+        numbers = weight.values[:, at : at + WINDOW].astype(jnp.float32)
+        return numbers[:, :LANES], numbers[:, LANES:]
+    packed = weight.values[:, at // 2 : at // 2 + LANES]
+    return (packed & jnp.uint8(15)).astype(jnp.float32), (packed >> jnp.uint8(4)).astype(jnp.float32)
 
 
-def _of_windows(x: Array, windows: int, groups: int) -> Array:
-    """x [N, K / group] -> [N, windows, groups]."""
-    if groups == 1:
-        x = jnp.repeat(x, windows // x.shape[1], axis=1, total_repeat_length=windows)
-    return x.reshape(x.shape[0], windows, groups)
+def _offsets(weight: QuantizedTensor, scales: Array) -> Array | None:
+    """-> what is added to each scaled number of a group, [N, K / group] float32, if anything is."""
+    if weight.minima is not None:
+        minima = superscaled(weight.minima, weight.super_minima)
+        return -minima if weight.layout.format == "q4_k" else minima
+    if weight.zeros is not None:
+        return weight.zeros.astype(jnp.float32) * -scales
+    return -8 * scales if weight.layout.format == "int4" else None
+
+
+def _sum(y: Array) -> Array:
+    """[N, n] -> [N]."""
+    return y @ jnp.ones(y.shape[1])

@@ -94,7 +94,7 @@ def how_multiplied(weight: QuantizedTensor, platform: str) -> str:
         return "unpacked in registers" if kind == cuda.PACKED else f"multiplied as {weight.values.dtype}"
     if platform == "tpu" and pallas.supports(weight) is None:
         return f"multiplied as {weight.values.dtype}" if pallas.stays_narrow(weight) else "unpacked in VMEM"
-    return "multiplied as integers" if platform == "cpu" and cpu.supports(1, weight) else "unpacked by XLA"
+    return "unpacked in registers" if platform == "cpu" and cpu.supports(1, weight) else "unpacked by XLA"
 
 
 def reference(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:

@@ -25,7 +25,7 @@ DTYPE = jnp.dtype(jnp.bfloat16)
 
 def tiles_to_try(spec: AttentionSpec) -> list[Tiles]:
     """-> the default, and other tiles whose stages of keys and values have room."""
-    default = decode_tiles(spec, DTYPE)
+    default = decode_tiles(spec, DTYPE, DTYPE)
     found = [Tiles(default.queries, *sizes) for sizes in product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4))]
     fits = lambda t: 2 * t.stages * t.context * padded(spec.head_dim) * DTYPE.itemsize <= SHARED_MEMORY
     return list(dict.fromkeys([default, *filter(fits, found)]))

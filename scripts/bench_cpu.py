@@ -2,12 +2,16 @@
 
     python scripts/bench_cpu.py                              # Quire alone: a minute, and what compiling takes
     python scripts/bench_cpu.py --transformers OTHER/python  # after transformers in float32, run by a Python with torch
+    python scripts/bench_cpu.py --packed                     # only decodes of batch 1, in turns with packed weights
 
 Every time is the best of `--repeats` runs of `LLM.generate`, greedy, on prompts of random tokens, with an empty prefix
 cache. "decode" leaves the first tokens out: it counts the rest, in the time of a run less that of one that ends after
 them. The machine's limits are measured in the same run: how fast memory is read, and float32 matrices are multiplied.
 A figure's share is of the rate at which its bytes (the weights once a step, each row's KV cache) or its operations,
 whichever take longer, would leave the machine busy all the time.
+
+--packed: once with the weights expanded to float32 and once in the file's own few bits (`quantization="gguf"`), run by
+run, so that what else the machine does slows both.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from engine.weights.default_model import default_model
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 PEER = Path(__file__).with_name("bench_transformers.py")
+PACKED = ("dequantize", "gguf")  # settings `quantization`
 WAYS = ("one by one", "batched")  # how transformers may run a workload
 
 
@@ -185,6 +190,27 @@ def check_answer(llm: LLM) -> None:
         raise SystemExit(f"{QUESTION!r}: got {answer!r}, want {ANSWER!r}")
 
 
+def compare_packed(gguf: Path, repeats: int) -> dict[str, Any]:
+    """-> bytes of weights and seconds of a decoded token at batch 1, the fastest of each, by setting `quantization`."""
+    workload = WORKLOADS["batch 1"]
+    both = {kind: LLM(model=str(gguf), max_model_len=1024, max_num_seqs=1, quantization=kind) for kind in PACKED}
+    found = {kind: {"weight_bytes": num_bytes(llm.core.runner.params), "runs": []} for kind, llm in both.items()}
+    for llm in both.values():
+        check_answer(llm)
+    for _ in range(repeats):
+        for kind, llm in both.items():
+            to_first, _ = run(llm, dataclasses.replace(workload, output_len=1), 1)
+            seconds, _ = run(llm, workload, 1)
+            found[kind]["runs"].append((seconds - to_first) / (workload.output_len - 1))
+    for kind, result in found.items():
+        size, token = result["weight_bytes"] / 1e6, min(result["runs"])
+        print(f"{kind + ':':21}{size:7.1f} MB of weights, {token * 1e3:.2f} ms a token decoded at batch 1")
+    wide, packed = (found[kind]["runs"] for kind in PACKED)
+    ratios = sorted(a / b for a, b in zip(wide, packed, strict=True))
+    print(f"packed weights decode {ratios[len(ratios) // 2]:.2f} x as fast ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    return found
+
+
 # transformers
 
 
@@ -248,10 +274,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="the GGUF file of SmolLM2-135M-Instruct, if not to be fetched")
     parser.add_argument("--transformers", metavar="PYTHON", help="one with torch, transformers, gguf and accelerate")
+    parser.add_argument("--packed", action="store_true", help="compare decodes of packed weights and of float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("build/bench_cpu.json"))
     args = parser.parse_args()
     gguf = args.model or default_model()
+    if args.packed:
+        write(args.output, compare_packed(gguf, args.repeats))
+        return
 
     machine = measure_machine()
     rates = f"{machine.read_bytes / 1e9:.1f} GB/s read, {machine.float32_ops / 1e9:.0f} GFLOP/s in float32"
@@ -287,9 +317,13 @@ def main() -> None:
         "figures": [dataclasses.asdict(figure) for figure in figures],
         "agreement_with_transformers": agreement,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {args.output}")
+    write(args.output, report)
+
+
+def write(file: Path, report: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {file}")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,15 @@ def kernels(hlo: str) -> Counter[tuple[str, str, str]]:
         where = re.search(r'op_name="([^"]*)"', line)
         path = where[1].split("/") if where else []
         of = lambda names, path=path: next((name for name in names if name in path), "")
-        kind = "product" if re.search(r"gemm|cublas", line) else "pallas" if "custom-call" in line else "fusion"
-        found[of(PARTS) or "model", of(PIECES), kind] += 1
+        found[of(PARTS) or "model", of(PIECES), kind_of(line)] += 1
     return found
+
+
+def kind_of(line: str) -> str:
+    """-> product, pallas or fusion, from an operation's line."""
+    if re.search(r"__(triton\w*gemm|cublas)", line):
+        return "product"
+    return "pallas" if "custom-call" in line else "fusion"
 
 
 def main() -> None:
@@ -59,7 +65,7 @@ def main() -> None:
     import jax
 
     from engine.bench.shapes import SHAPES
-    from engine.compiler import ON_GPU, UNTUNED
+    from engine.compiler import ON_GPU, TUNED_TOKENS, UNTUNED
     from engine.layout import StepLayout
     from engine.models.config import ModelConfig
     from engine.models.read import from_hugging_face
@@ -92,7 +98,9 @@ def main() -> None:
     with jax.sharding.use_abstract_mesh(abstract):
         traced = step.trace(layout, backend, PAGE, shape, layout.params("bfloat16"), state, layout.flat(shape))
         lowered = traced.lower(lowering_platforms=("cuda",))
-    compiled = lowered.compile(ON_GPU | UNTUNED)
+    few = shape.tokens <= TUNED_TOKENS * (2 if shape.drafts else 1)  # then the engine lets Triton's products compete
+    untuned: dict[str, Any] = {"xla_gpu_autotune_level": 0} if few else UNTUNED
+    compiled = lowered.compile(ON_GPU | untuned)
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None
     if options.hlo:

@@ -27,8 +27,7 @@ LAYERS = """
     compiler
     hosts
     layout
-    kv_scales
-    executables memory speculation step step_input weights
+    executables kv_scales memory speculation step step_input weights
     scheduler
     slots
     models sampler

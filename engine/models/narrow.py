@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from engine.models.config import LayerSpec, ModelConfig
 from engine.models.params import Params, ParamSpec, map_specs, param_specs
 from engine.models.placement import Path
+from kernels import cpu
 from kernels.product import how_multiplied
 from kernels.quantized import SPLIT, SUPER, Layout, QuantizedTensor
 
@@ -63,10 +64,10 @@ def outputs_of(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]
 def fit(layout: Layout, name: str, shape: tuple[int, ...], platform: str, dtype: str) -> Layout:
     """-> the layout with groups, rows and split that divide a parameter of this shape.
 
-    Packed weights are split in runs of 32 on a CPU, whose integer products want it, else by as much as fits.
+    Packed weights are split as a CPU's products want it, or elsewhere by as much as fits.
     """
     outputs, inputs = outputs_of(name, shape)
-    split = math.gcd(32 if platform == "cpu" else 128, inputs // 2) if layout.packing == 2 else 0
+    split = math.gcd(cpu.SPLIT if platform == "cpu" else SPLIT, inputs // 2) if layout.packing == 2 else 0
     group = None if layout.group is None else math.gcd(layout.group, inputs)
     return replace(layout, group=group, rows=math.gcd(layout.rows, outputs[-1]), split=split, dtype=dtype)
 

@@ -48,16 +48,21 @@ def cache_spec(spec: AttentionSpec, num_pages: int, page_size: int, kv_dtype: st
     return jax.ShapeDtypeStruct((num_pages, 2, spec.num_kv_heads, page_size, spec.head_dim), kv_dtype)
 
 
-def decode_tiles(spec: AttentionSpec, dtype: jnp.dtype) -> Tiles:
-    """-> the decode kernel's: 16 query rows at least, which is what a tensor core takes."""
+def decode_tiles(spec: AttentionSpec, dtype: jnp.dtype, kv_dtype: jnp.dtype) -> Tiles:
+    """-> the decode kernel's: 16 query rows at least, which is what a tensor core takes.
+
+    With keys and values of one byte it is turns that take time, not bytes: of twice as many, by half as many threads.
+    """
     rows = max(padded(spec.group), 16)
     wide = padded(spec.head_dim) * dtype.itemsize
+    if kv_dtype.itemsize == 1 and dtype.itemsize == 2 and wide <= 256 and rows == 16:
+        return Tiles(rows, 64, 2, 3)
     return Tiles(rows, 32, 4, 3 if wide <= 256 else 2)
 
 
 def tuned_decode_tiles(spec: AttentionSpec, dtype: jnp.dtype, kv_dtype: jnp.dtype, rows: int, device: str) -> Tiles:
     """-> what scripts/tune_kernels.py found to be best for a device and so many rows, or else `decode_tiles`."""
-    tiles, name = decode_tiles(spec, dtype), decode_file(spec, kv_dtype, device)
+    tiles, name = decode_tiles(spec, dtype, kv_dtype), decode_file(spec, kv_dtype, device)
     entry = found_for(name, rows)
     if entry is None:
         return tiles

@@ -158,6 +158,9 @@ def attend(
     first, begin, end = bounds
     shift = page_size.bit_length() - 1
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    if cache.dtype.itemsize == 1 and q.dtype == jnp.bfloat16:  # which become float16 in half as many instructions
+        largest = float(jnp.finfo(jnp.float16).max)
+        q = jnp.clip(q.astype(jnp.float32), -largest, largest).astype(jnp.float16)
     raw: Any = spec.scale if key_scale is None else spec.scale * key_scale
     scale = raw * LOG2_E if spec.soft_cap is None else 1.0
     positions = lambda i: first + i * block + jnp.arange(block, dtype=jnp.int32)

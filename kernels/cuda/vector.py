@@ -57,15 +57,14 @@ def rows_product(
     (M, K), (N, width) = x.shape, values.shape
     depth, columns = min(tile.depth, width & -width), tile.columns
     if quantized and quantized.layout.activations == "token_group":  # whole groups, whose scales the columns share
-        depth, columns = (
-            max(depth, K // quantized.scales.shape[1]),
-            min(columns, quantized.layout.rows & -quantized.layout.rows),
-        )
+        rows = quantized.layout.rows
+        depth, columns = max(depth, K // quantized.scales.shape[1]), min(columns, rows & -rows)
     names = [name for name in ("scales", "zeros", "minima") if quantized and getattr(quantized, name) is not None]
 
     def kernel(x: Any, values: Any, *refs: Any) -> None:
         *arrays, out = refs
-        own, column = _columns(columns, N)
+        own = pl.program_id(0) * columns + jnp.arange(columns, dtype=int32)
+        column = own if N % columns == 0 else jnp.minimum(own, N - 1)  # the last repeated past the end
         first, named = pl.program_id(0) * columns, dict(zip(names, arrays, strict=True))
         parts = quantized and _Parts(quantized, named, first, column, depth, interpret)
         factors = [parts.token_scale(x, m) for m in range(M)] if parts else []
@@ -91,32 +90,10 @@ def rows_product(
             _store(out, m, own, parts.finish(y, factors[m]) if parts else y, N)
 
     arrays = [getattr(quantized, name) for name in names]
-    return _launch(kernel, [x, values, *arrays], (M, N), columns, dtype, tile, interpret)
-
-
-def columns_product(x: Array, weight: Array, dtype: jnp.dtype, *, tile: Tile, interpret: bool = False) -> Array:
-    """x [M, K], M up to MOST_TOKENS, weight [K, N] -> [M, N] in `dtype`.
-
-    A turn reads tile.stages blocks of [tile.depth, tile.columns].
-    """
-    (M, K), N = x.shape, weight.shape[1]
-    depth = min(tile.depth, K & -K)
-
-    def kernel(x: Any, weight: Any, out: Any) -> None:
-        own, column = _columns(tile.columns, N)
-
-        def load(start: Array) -> Array:
-            return plgpu.load(view(weight, start + jnp.arange(depth, dtype=int32), column))
-
-        def add(totals: Sequence[Array], block: Array, start: Array) -> Sequence[Array]:
-            w, inputs = block.astype(float32), start + jnp.arange(depth, dtype=int32)
-            return [fma(w, _token(x, m, inputs)[:, None], total, interpret) for m, total in enumerate(totals)]
-
-        zeros = [jnp.zeros((depth, tile.columns), float32)] * M
-        for m, total in enumerate(_turns(load, add, zeros, K // depth, depth, tile.stages)):
-            _store(out, m, own, jnp.sum(total, axis=0), N)
-
-    return _launch(kernel, [x, weight], (M, N), tile.columns, dtype, tile, interpret)
+    out = jax.ShapeDtypeStruct((M, N), dtype)
+    tiles = Tiles(M, depth, tile.warps, 1)
+    grid = (pl.cdiv(N, columns),)
+    return launch(kernel, [x, values, *arrays], out, grid=grid, tiles=tiles, interpret=interpret)
 
 
 class _Parts(NamedTuple):
@@ -137,7 +114,8 @@ class _Parts(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Whether a row's numbers share a scale, which their sum is multiplied with, and have no zeros of their own."""
-        return self.weight.scales.shape[1] == 1 and list(self.refs) == ["scales"]
+        one_scale = self.weight.scales.shape[1] == 1 and self.weight.layout.activations != "token_group"
+        return one_scale and list(self.refs) == ["scales"]
 
     def inputs(self, start: Array, step: int, half: int) -> Array:
         """-> which inputs every `step`th of a block's numbers is; the block begins at `start`. Of a byte, one half."""
@@ -230,12 +208,6 @@ def _asm(text: str, inputs: list[Array], constraints: str, pack: int) -> Array:
     )[0]
 
 
-def _columns(count: int, N: int) -> tuple[Array, Array]:
-    """-> a program's columns [count], and the same with the last one repeated past the end."""
-    own = pl.program_id(0) * count + jnp.arange(count, dtype=int32)
-    return own, own if N % count == 0 else jnp.minimum(own, N - 1)
-
-
 def _token(x: Any, m: int, inputs: Array) -> Array:
     """-> inputs [P] of token m, in float32."""
     return plgpu.load(x.at[jnp.full(inputs.shape, m, int32), inputs]).astype(float32)
@@ -263,20 +235,6 @@ def _turns(
 
 
 def _store(out: Any, m: int, own: Array, y: Array, N: int) -> None:
-    """Write y [count] as token m's outputs `own`. Writes past the end go nowhere."""
+    """Write y [C] as token m's outputs `own`. Writes past the end go nowhere."""
     at = jnp.where(own < N, own, N)  # the interpreter drops what is written past the end
     plgpu.store(out.at[jnp.full(own.shape, m, int32), at], y.astype(out.dtype), mask=own < N)
-
-
-def _launch(
-    kernel: Callable[..., None],
-    inputs: list[Array],
-    shape: tuple[int, int],
-    columns: int,
-    dtype: jnp.dtype,
-    tile: Tile,
-    interpret: bool,
-) -> Array:
-    tiles = Tiles(shape[0], tile.depth, tile.warps, 1)
-    out = jax.ShapeDtypeStruct(shape, dtype)
-    return launch(kernel, inputs, out, grid=(pl.cdiv(shape[1], columns),), tiles=tiles, interpret=interpret)

@@ -1,8 +1,8 @@
 """Run by tests in a process with 8 CPU devices: a tiny model's answers on one device and on meshes of several.
 
 python -m tests.engine.parallel_program FOLDER TPxPPxDP[e|h]... prints a JSON object by mesh. e: whole experts on
-devices; h: longer steps in halves, as they are on GPUs. FOLDER is in tests/data/tiny, or a path; if it has no weights,
-they are random.
+devices; h: longer steps in halves, as they are on GPUs. FOLDER is in tests/data/tiny, or a path; without weights they
+are random.
 """
 
 from __future__ import annotations

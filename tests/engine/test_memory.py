@@ -9,20 +9,23 @@ from typing import Any
 import pytest
 
 from engine.config import EngineConfig
-from engine.memory import CPU_SHARE, RESERVE, MemoryPlan, plan_memory
+from engine.memory import CPU_SHARE, RESERVE, MemoryPlan, free_in_one_piece, plan_memory
 
 GIB = 1 << 30
 PAGE_BYTES = 1 << 20
 
 
-def plan(platform: str = "tpu", total: int = 16 * GIB, in_use: int = 0, **settings: Any) -> MemoryPlan:
+def plan(
+    platform: str = "tpu", total: int = 16 * GIB, in_use: int = 0, free: int | None = None, **settings: Any
+) -> MemoryPlan:
     """-> the plan for 2 GiB of weights, 1 GiB of temporaries and pages of 1 MiB and 16 tokens."""
     config = EngineConfig(**{"model": "m", "max_model_len": 1600, "block_size": 16, "max_num_seqs": 100} | settings)
     device = SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": total})
     resolved = config.resolve(model_max_len=100_000, platform=platform)
     return plan_memory(
-        config, resolved, device, in_use=in_use, weights=2 * GIB, temporaries=GIB, tables=0, page_bytes=PAGE_BYTES
-    )
+        config, resolved, device,
+        in_use=in_use, weights=2 * GIB, temporaries=GIB, tables=0, page_bytes=PAGE_BYTES, free=free,
+    )  # fmt: skip
 
 
 def test_an_accelerators_pages_are_its_share_less_weights_and_twice_the_temporaries():
@@ -31,6 +34,23 @@ def test_an_accelerators_pages_are_its_share_less_weights_and_twice_the_temporar
 
 def test_a_gpus_pool_is_the_share_already():
     assert plan("gpu", total=8 * GIB).num_pages == (8 * GIB - 2 * GIB - 2 * GIB - RESERVE) // PAGE_BYTES
+
+
+def test_holes_between_weights_are_not_given_out():
+    assert plan("gpu", total=8 * GIB, free=5 * GIB).num_pages == (5 * GIB - 2 * GIB - RESERVE) // PAGE_BYTES
+    assert plan("gpu", total=8 * GIB, free=7 * GIB).num_pages == plan("gpu", total=8 * GIB).num_pages
+
+
+@pytest.mark.parametrize(
+    ("stats", "free"),
+    [
+        ({"bytes_limit": 9, "pool_bytes": 9, "largest_free_block_bytes": 5}, 5),
+        ({"bytes_limit": 9, "pool_bytes": 4, "largest_free_block_bytes": 1}, None),  # the pool still grows
+        (None, None),
+    ],
+)
+def test_the_largest_piece_of_a_pool(stats: dict[str, int] | None, free: int | None):
+    assert free_in_one_piece(SimpleNamespace(memory_stats=lambda: stats)) == free
 
 
 def test_what_others_hold_of_the_device_is_not_given_out_twice():

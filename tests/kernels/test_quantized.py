@@ -100,7 +100,10 @@ def test_logits_of_narrow_weights_are_float32():
 
 
 def random_tensor(layout: Layout, outputs: int = 96, **others: str) -> QuantizedTensor:
-    """-> a weight of random bits [outputs, INPUTS]; `others`: dtypes of further arrays."""
+    """-> a weight of random bits [outputs, INPUTS], scales of one group in sixteen 50 times as large as the others'.
+
+    `others`: dtypes of further arrays.
+    """
     draw = np.random.default_rng(2)
     groups = INPUTS // (layout.group or INPUTS)
     if layout.packing == 2:
@@ -108,39 +111,74 @@ def random_tensor(layout: Layout, outputs: int = 96, **others: str) -> Quantized
     else:
         values = draw.integers(-127, 128, (outputs, INPUTS), np.int8)
 
-    def numbers(dtype: str, count: int) -> jnp.ndarray:
+    def numbers(dtype: str, count: int, limit: int = 16) -> jnp.ndarray:
         if dtype.startswith("float"):
-            return jnp.asarray(draw.standard_normal((outputs, count)), dtype)
-        return jnp.asarray(draw.integers(0, 16, (outputs, count)), dtype)
+            outliers = np.where(draw.random((outputs, count)) < 1 / 16, 50, 1)
+            return jnp.asarray(draw.standard_normal((outputs, count)) * outliers, dtype)
+        return jnp.asarray(draw.integers(0, limit, (outputs, count)), dtype)
 
-    scales = numbers("uint8" if layout.format == "q4_k" else "float16", groups)
-    more = {name: numbers(dtype, INPUTS // SUPER if "super" in name else groups) for name, dtype in others.items()}
+    scales = numbers({"q4_k": "uint8", "q6_k": "int8", "mxfp4": "uint8"}.get(layout.format, "float16"), groups)
+    if layout.format == "mxfp4":
+        scales = scales + jnp.uint8(120)  # powers of two from 2 ** -7 to 2 ** 8
+    sizes = {"super_scales": (INPUTS // SUPER,), "super_minima": (INPUTS // SUPER,), "high": (INPUTS // 4, 256)}
+    more = {name: numbers(dtype, *sizes.get(name, (groups,))) for name, dtype in others.items()}
     return QuantizedTensor(layout, jnp.asarray(values), scales, **more)
 
 
 FOR_CPUS = {
     "int8": random_tensor(Layout("int8")),
     "Q8_0": random_tensor(Layout("int8", group=32)),
-    "Q4_0": random_tensor(Layout("int4", group=32, split=32)),
-    "Q4_1": random_tensor(Layout("int4", group=32, split=32), minima="float16"),
-    "AWQ": random_tensor(Layout("int4", group=128, split=32), zeros="uint8"),
+    "Q4_0": random_tensor(Layout("int4", group=32, split=16)),
+    "Q4_1": random_tensor(Layout("int4", group=32, split=16), minima="float16"),
+    "AWQ": random_tensor(Layout("int4", group=128, split=16), zeros="uint8"),
     "Q4_K": random_tensor(
-        Layout("q4_k", group=32, split=32), minima="uint8", super_scales="float16", super_minima="float16"
+        Layout("q4_k", group=32, split=16), minima="uint8", super_scales="float16", super_minima="float16"
     ),
 }
+PACKED = FOR_CPUS | {
+    "GPTQ, groups of 16": random_tensor(Layout("int4", group=16, split=128), zeros="uint8"),
+    "MXFP4": random_tensor(Layout("mxfp4", group=32, split=128)),
+    "Q6_K": random_tensor(Layout("q6_k", group=16, split=128), high="uint8", super_scales="float16"),
+}
+
+
+@pytest.mark.parametrize("weight", PACKED.values(), ids=PACKED.keys())
+def test_a_product_with_a_packed_weight_is_that_of_what_it_stands_for(weight):
+    x = np.random.default_rng(3).standard_normal((5, INPUTS)).astype(np.float32)
+    w = np.asarray(dequantize(weight, "float32")).astype(np.float64)
+    y = np.asarray(product(jnp.asarray(x), weight))
+    assert np.all(np.abs(y - x @ w.T) <= 1e-6 * np.abs(x) @ np.abs(w).T)
 
 
 @pytest.mark.parametrize("weight", FOR_CPUS.values(), ids=FOR_CPUS.keys())
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_integer_products_are_off_by_the_rounding_of_activations_to_16_bits(weight, tokens):
+@pytest.mark.parametrize("most_windows", [cpu.MOST_WINDOWS, 8], ids=["written out", "in pieces"])
+def test_products_of_few_tokens_on_a_cpu_are_off_by_the_rounding_of_float32(weight, tokens, most_windows, monkeypatch):
+    monkeypatch.setattr(cpu, "MOST_WINDOWS", most_windows)
     x = np.random.default_rng(3).standard_normal((tokens, INPUTS)).astype(np.float32)
-    x[:, 64:128] = 0
     assert cpu.supports(tokens, weight)
     y = np.asarray(cpu.few_tokens(jnp.asarray(x), weight, jnp.dtype("float32")))
     w = np.asarray(dequantize(weight, "float32")).astype(np.float64)
-    windows = x.reshape(tokens, -1, cpu.WINDOW)
-    step = np.maximum(np.abs(windows).max(axis=-1, keepdims=True) / np.float32(32767), 1e-30)
-    rounded = (np.round(windows / step) * step).astype(np.float64).reshape(x.shape)
-    assert np.abs(rounded - x).max() <= np.abs(x).max() / 65000
-    error = np.abs(y - rounded @ w.T)
-    assert np.all(error <= 2e-6 * np.abs(x).sum() * np.abs(w).max())
+    error = np.abs(y - x.astype(np.float64) @ w.T)
+    assert np.all(error <= 1e-6 * np.abs(x).sum(axis=-1, keepdims=True) * np.abs(w).max())
+
+
+def test_groups_must_fit_what_is_written_out():
+    whole = lambda group: random_tensor(Layout("int4", group=group, split=cpu.SPLIT))
+    assert cpu.supports(1, whole(64))
+    assert not cpu.supports(1, whole(16))
+    large = jnp.zeros((1, cpu.MOST_WINDOWS * cpu.WINDOW), jnp.uint8)
+    scales = jnp.zeros((1, 1))
+    layout = Layout("int4", group=2 * large.shape[1], split=cpu.SPLIT)
+    assert not cpu.supports(1, QuantizedTensor(layout, large, scales))
+    assert cpu.supports(1, QuantizedTensor(Layout("int4", split=cpu.SPLIT), large, scales))
+
+
+@pytest.mark.parametrize("windows", [1, 18, 48, 97, 448])
+def test_a_weight_is_cut_into_as_few_pieces_as_divide_its_groups_and_superblocks(windows):
+    inputs = windows * cpu.WINDOW
+    shape = lambda width: jnp.zeros((1, width), jnp.uint8)
+    plain = QuantizedTensor(Layout("int4", group=32, split=cpu.SPLIT), shape(inputs // 2), shape(inputs // 32))
+    assert cpu.pieces(plain) == {1: 1, 18: 1, 48: 1, 97: 97, 448: 14}[windows]
+    if inputs % SUPER == 0:
+        assert (inputs // SUPER) % cpu.pieces(plain.replace(super_scales=shape(inputs // SUPER))) == 0

@@ -159,13 +159,13 @@ def test_decode_attention_takes_the_tiles_of_the_nearest_number_of_rows(tmp_path
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     name = attention.decode_file(spec, dtype, "some GPU")
     chosen = lambda rows, device: attention.tuned_decode_tiles(spec, dtype, dtype, rows, device)
-    assert chosen(8, "another") == attention.decode_tiles(spec, dtype)
+    assert chosen(8, "another") == attention.decode_tiles(spec, dtype, dtype)
     tuned.write(tmp_path / name, {1: {"context": 16, "warps": 2, "stages": 4}, 64: {"context": 64}})
     assert chosen(8, "some GPU")[1:] == (16, 2, 4)
     with pytest.raises(ValueError, match="lacks context, warps or stages"):
         chosen(63, "some GPU")
     tried = tiles_to_try(spec)
-    assert tried[0] == attention.decode_tiles(spec, dtype)
+    assert tried[0] == attention.decode_tiles(spec, dtype, dtype)
     assert 10 < len(tried) < 37
 
 

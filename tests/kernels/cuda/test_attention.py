@@ -85,8 +85,9 @@ def test_every_query_of_a_chunk_is_in_one_block_and_no_decode_is():
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 def test_tiles_hold_a_group_and_are_powers_of_two(group: int, head_dim: int):
     spec = AttentionSpec(1, group, head_dim, 1.0)
-    for dtype in (jnp.dtype("bfloat16"), jnp.dtype("float32")):
-        for tiles in (decode_tiles(spec, dtype), prefill_tiles(spec, dtype)):
+    for dtype, kv_dtype in (("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("float32", "float32")):
+        given = jnp.dtype(dtype), jnp.dtype(kv_dtype)
+        for tiles in (decode_tiles(spec, *given), prefill_tiles(spec, given[0])):
             assert tiles.queries >= max(group, 16)
             assert all(size & (size - 1) == 0 for size in (tiles.queries, tiles.context, tiles.warps))
 

@@ -35,6 +35,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_enable_async_all_reduce": True, "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
         "xla_tpu_sparse_core_all_reduce_offload_min_size_in_bytes": 0,
     },
+    "sparse core, uncombined": {  # for halves, whose sums are made one otherwise
+        "xla_enable_async_all_reduce": True, "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+        "xla_tpu_sparse_core_all_reduce_offload_min_size_in_bytes": 0, "xla_jf_crs_combiner_threshold_in_bytes": 0,
+    },
     "collective matmul": {
         "xla_tpu_enable_all_reduce_native_decomposition": True, "xla_tpu_decompose_einsum_reduce_scatter": True,
         "xla_tpu_decompose_all_gather_einsum": True, "xla_tpu_enable_windowed_einsum_for_reduce_scatter": True,

@@ -51,7 +51,7 @@ def short(llm: LLM, process_id: int) -> None:
 def main() -> None:
     settings, case = json.loads(sys.argv[1]), sys.argv[2]
     llm = LLM(
-        load_format="dummy", skip_tokenizer_init=True, max_num_batched_tokens=16, max_model_len=128,
+        load_format="dummy", skip_tokenizer_init=True, max_num_seqs=1, max_num_batched_tokens=16, max_model_len=128,
         num_gpu_blocks_override=24, block_size=16, **settings,
     )  # fmt: skip
     if case == "alike":

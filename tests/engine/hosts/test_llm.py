@@ -43,8 +43,8 @@ def run(folder: Path, case: str, *, processes: int = 2, **more: Any) -> list[tup
 
 def test_every_process_gets_the_same_results_which_are_those_of_one(tmp_path):
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "adaptive": False}
-    several = run(tmp_path, "alike", max_num_seqs=2, speculative_config=drafts)
-    ran = [*several, *run(tmp_path, "alike", processes=1, max_num_seqs=2)]
+    several = run(tmp_path, "alike", speculative_config=drafts)
+    ran = [*several, *run(tmp_path, "alike", processes=1)]
     assert [status for status, _, _ in ran] == [0, 0, 0], "\n".join(errors[-2000:] for _, _, errors in ran)
     leader, follower, alone = (json.loads(output.splitlines()[-1]) for _, output, _ in ran)  # Gloo speaks, too
     assert follower == leader
@@ -62,7 +62,7 @@ def test_every_process_gets_the_same_results_which_are_those_of_one(tmp_path):
 
 
 def test_processes_whose_calls_differ_end_with_the_difference(tmp_path):
-    leader, follower = run(tmp_path, "apart", max_num_seqs=1)
+    leader, follower = run(tmp_path, "apart")
     assert leader[0] != 0
     assert follower[0] == 1
     difference = "process 1 differs in the arguments of generate: "
@@ -71,7 +71,7 @@ def test_processes_whose_calls_differ_end_with_the_difference(tmp_path):
 
 
 def test_a_process_that_ends_early_ends_the_others(tmp_path):
-    leader, follower = run(tmp_path, "short", max_num_seqs=1)
+    leader, follower = run(tmp_path, "short")
     assert leader[0] != 0
     assert follower[0] == 1
     assert "field: of process 1 alone" in follower[2]

@@ -21,7 +21,7 @@ LANES = 16
 SPLIT = LANES  # what packed weights must have
 WINDOW = 2 * LANES  # inputs of a term
 MOST_WINDOWS = 48  # that are written out; a weight with more inputs is multiplied in pieces
-MOST_TOKENS = 4  # with more, unpacking the weight once is less work
+MOST_TOKENS = 2  # written out: with more, compiling takes too long, a minute for four
 FORMATS = ("int8", "int4", "q4_k")
 
 

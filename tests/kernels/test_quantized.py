@@ -151,7 +151,7 @@ def test_a_product_with_a_packed_weight_is_that_of_what_it_stands_for(weight):
 
 
 @pytest.mark.parametrize("weight", FOR_CPUS.values(), ids=FOR_CPUS.keys())
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("most_windows", [cpu.MOST_WINDOWS, 8], ids=["written out", "in pieces"])
 def test_products_of_few_tokens_on_a_cpu_are_off_by_the_rounding_of_float32(weight, tokens, most_windows, monkeypatch):
     monkeypatch.setattr(cpu, "MOST_WINDOWS", most_windows)

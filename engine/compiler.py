@@ -130,13 +130,13 @@ class StepCompiler:
         with ThreadPoolExecutor(1, "load") as loader:
             loading = loader.submit(load, layout.placed)
             temporaries, free = 0, None
+            if self._platform != "cpu":  # where nothing depends on them
+                measure = lambda: self._temporaries_of_few_layers(largest)
+                temporaries = self._cache.get_number("temporaries", measure)
             if self._platform == "gpu" and layout.plan:
                 # Quantizing left holes between the weights, into which no layer's cache fits.
                 jax.block_until_ready(loading.result())
                 free = free_in_one_piece(device)
-            if self._platform != "cpu":  # where nothing depends on them
-                measure = lambda: self._temporaries_of_few_layers(largest)
-                temporaries = self._cache.get_number("temporaries", measure)
             while True:
                 plan = sizes(temporaries=temporaries, free=free)
                 if peers is not None:
@@ -207,7 +207,7 @@ class StepCompiler:
         few = 2 * TUNED_TOKENS if shape.drafts else TUNED_TOKENS
         if self._platform == "gpu" and shape.tokens > few:
             options = options | (NO_TRITON if fullest or shape.tokens == UNLUCKY_TOKENS else UNTUNED)
-        if layout.is_overlapped(shape):
+        if layout.step_axes(shape).is_overlapped:
             options = options | OVERLAPPED
         with self._lowering:  # Python's own lock makes threads that trace at once three times slower than in turn
             params = layout.params(self._resolved.dtype)

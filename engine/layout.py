@@ -28,7 +28,7 @@ from engine.speculation.step import speculating_step
 from engine.step import DeviceState, StepOutput, step
 from engine.step_input import StepShape, flat_size
 from kernels.attention import Backend
-from sharding.axes import axes_of
+from sharding.axes import Axes, axes_of
 from sharding.mesh import AXES
 
 ALL, EACH = PartitionSpec(), PartitionSpec(AXES[1:])  # whole on every device; a part, along the first axis, on each
@@ -102,7 +102,7 @@ class StepLayout:
         self, backend: Backend, page_size: int, shape: StepShape, params: Params, state: DeviceState, flat: Array
     ) -> tuple[DeviceState, StepOutput]:
         """As `step.step`, over the whole mesh."""
-        axes = replace(self.axes, micro_batches=self.micro_batches(shape))
+        axes = self.step_axes(shape)
         one = partial(step, self.model, backend, page_size, shape, axes=axes, drafter=self.drafter)
         if shape.drafts:
             assert self.drafter is not None
@@ -110,18 +110,15 @@ class StepLayout:
         own = self.state_specs
         return self.spread(one, (self.param_specs, own, ALL), (own, ALL))(params, state, flat)
 
-    def micro_batches(self, shape: StepShape) -> int:
-        """-> into how many parts a step is cut: for the stages of a pipeline; in one stage, for devices to compute one
-        while they add up another (vLLM's dual batch overlap)."""
+    def step_axes(self, shape: StepShape) -> Axes:
+        """-> the axes, with the parts that a step is cut into: for the stages of a pipeline; in one stage, for devices
+        to compute one while they add up another (vLLM's dual batch overlap)."""
+        count = 1
         if self.axes.stage.size > 1:
-            return micro_batches(shape.tokens, MICRO_TOKENS.get(self._platform, OTHER_MICRO_TOKENS))
-        if self.axes.model.size == 1 or self._platform not in HALF_TOKENS:
-            return 1
-        return micro_batches(shape.tokens, HALF_TOKENS[self._platform], most=2)
-
-    def is_overlapped(self, shape: StepShape) -> bool:
-        """-> whether a step's parts are there to be computed and added up side by side."""
-        return self.axes.stage.size == 1 and self.micro_batches(shape) > 1
+            count = micro_batches(shape.tokens, MICRO_TOKENS.get(self._platform, OTHER_MICRO_TOKENS))
+        elif self.axes.model.size > 1 and self._platform in HALF_TOKENS:
+            count = micro_batches(shape.tokens, HALF_TOKENS[self._platform], most=2)
+        return replace(self.axes, micro_batches=count)
 
     def fill(
         self, backend: Backend, page_size: int, shape: StepShape, params: Params, state: DeviceState, flat: Array

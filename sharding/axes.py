@@ -65,6 +65,11 @@ class Axes:
     stage: Axis = Axis()
     micro_batches: int = 1
 
+    @property
+    def is_overlapped(self) -> bool:
+        """Whether the parts are there for devices of one stage to compute one while they add up another."""
+        return self.stage.size == 1 and self.micro_batches > 1
+
     @cached_property
     def whole(self) -> Axis:
         """-> both as one."""

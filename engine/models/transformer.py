@@ -281,7 +281,7 @@ def _latent_attention(
 
 def _in_order(axes: Axes, out: Array, kv_cache: Any) -> tuple[Array, Any]:
     """-> the same, such that the next micro-batch writes to the cache after this one has read it: else it is copied."""
-    return jax.lax.optimization_barrier((out, kv_cache)) if axes.micro_batches > 1 else (out, kv_cache)
+    return jax.lax.optimization_barrier((out, kv_cache)) if axes.is_overlapped else (out, kv_cache)
 
 
 def _mlp(config: ModelConfig, layer: LayerSpec, axes: Axes, p: Params, x: Array, batch: RaggedBatch) -> Array:

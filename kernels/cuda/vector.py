@@ -59,14 +59,15 @@ def rows_product(
     if quantized and quantized.layout.activations == "token_group":  # whole groups, whose scales the columns share
         rows = quantized.layout.rows
         depth, columns = max(depth, K // quantized.scales.shape[1]), min(columns, rows & -rows)
-    names = [name for name in ("scales", "zeros", "minima") if quantized and getattr(quantized, name) is not None]
+    optional = {name: getattr(quantized, name, None) for name in ("scales", "zeros", "minima")}
+    given = {name: array for name, array in optional.items() if array is not None}
 
     def kernel(x: Any, values: Any, *refs: Any) -> None:
         *arrays, out = refs
         own = pl.program_id(0) * columns + jnp.arange(columns, dtype=int32)
         column = own if N % columns == 0 else jnp.minimum(own, N - 1)  # the last repeated past the end
-        first, named = pl.program_id(0) * columns, dict(zip(names, arrays, strict=True))
-        parts = quantized and _Parts(quantized, named, first, column, depth, interpret)
+        named = dict(zip(given, arrays, strict=True))
+        parts = quantized and _Parts(quantized, named, pl.program_id(0) * columns, column, depth, interpret)
         factors = [parts.token_scale(x, m) for m in range(M)] if parts else []
 
         def load(start: Array) -> Array:
@@ -89,11 +90,10 @@ def rows_product(
             y = jnp.sum(total, axis=1)
             _store(out, m, own, parts.finish(y, factors[m]) if parts else y, N)
 
-    arrays = [getattr(quantized, name) for name in names]
     out = jax.ShapeDtypeStruct((M, N), dtype)
     tiles = Tiles(M, depth, tile.warps, 1)
     grid = (pl.cdiv(N, columns),)
-    return launch(kernel, [x, values, *arrays], out, grid=grid, tiles=tiles, interpret=interpret)
+    return launch(kernel, [x, values, *given.values()], out, grid=grid, tiles=tiles, interpret=interpret)
 
 
 class _Parts(NamedTuple):

@@ -15,7 +15,7 @@ from product_cases import LIMIT, relative_error
 
 from kernels.attention import AttentionSpec
 from kernels.cuda.attention import cache_spec, decode_tiles, update_and_attend
-from kernels.cuda.product import SHARED_MEMORY
+from kernels.cuda.matrix import SHARED_MEMORY
 from kernels.cuda.tile import Tiles, padded
 
 CONTEXT, MOST_TOKENS, PAGE = 2048, 1 << 20, 16  # of each row; of all rows; of a page

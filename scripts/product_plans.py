@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from product_cases import QuantizedTensor
 
 from kernels.cuda import hopper_narrow, vector
-from kernels.cuda.matrix import Tile
-from kernels.cuda.product import BLOCK, CHANNEL, PACKED, SHARED_MEMORY, Plan, kind_of, on_hopper
+from kernels.cuda.matrix import SHARED_MEMORY, Tile
+from kernels.cuda.product import BLOCK, CHANNEL, PACKED, Plan, kind_of, on_hopper
 
 REGISTERS = 255  # of a thread
 FIELDS = ("columns", "splits", "warps", "depth", "stages", "swapped")  # of a tile, in the order of their weight
@@ -32,7 +33,7 @@ VECTOR_VALUES = {
 
 def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
     """-> the default, and one plan of every other kernel that takes the product."""
-    kind, N, K = kind_of(weight), weight.values.shape[0], weight.inputs
+    kind, K = kind_of(weight), weight.inputs
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
     tile = Tile(rows, 64, 128) if rows <= 64 else Tile(rows, 128, 128, warps=8, stages=3)
     found = [default, Plan("triton", tile)]
@@ -40,10 +41,11 @@ def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
         found.append(Plan("vector", Tile(1, 8, 1024, stages=1)))
     if kind == BLOCK and M <= 16:
         found.append(Plan("inside", tile))
-    if kind == BLOCK and M > 16 and K // weight.scales.shape[1] == hopper_narrow.BLOCK and on_hopper():
-        each = ((128, 128, (4, 5, 6)), (64, 256, (3, 4)))
-        shapes = [(rows, columns, stages) for rows, columns, many in each for stages in many]
-        found += [Plan("hopper", Tile(r, c, 128, stages=s)) for r, c, s in shapes if hopper_narrow.supports(N, K, r)]
+    if kind == BLOCK and K // weight.scales.shape[1] == hopper_narrow.BLOCK and on_hopper():
+        for (rows, columns), splits in itertools.product(hopper_narrow.TILES, VALUES["splits"]):
+            programs = -(-M // rows) * (weight.values.shape[0] // columns) * splits
+            if splits == 1 or programs <= 1.5 * hopper_narrow.MULTIPROCESSORS:
+                found.append(Plan("hopper", Tile(rows, columns, hopper_narrow.BLOCK, splits, stages=3)))
     if kind == CHANNEL or (kind == PACKED and M >= 256):
         found.append(Plan("library"))
     return list(dict.fromkeys(plan for plan in found if fits(plan, weight)))
@@ -51,7 +53,7 @@ def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
 
 def neighbours(plan: Plan, field: str, weight: QuantizedTensor) -> Iterator[Plan]:
     """-> the plan with other values of one field of its tile, those that fit."""
-    if plan.kernel in ("library", "hopper"):
+    if plan.kernel == "library" or (plan.kernel == "hopper" and field != "stages"):  # its starts have the rest
         return
     for value in (VECTOR_VALUES if plan.kernel == "vector" else VALUES)[field]:
         other = plan._replace(tile=plan.tile._replace(**{field: value}))
@@ -62,8 +64,10 @@ def neighbours(plan: Plan, field: str, weight: QuantizedTensor) -> Iterator[Plan
 def fits(plan: Plan, weight: QuantizedTensor) -> bool:
     """-> whether a plan cuts the product into whole parts that have room: known without compiling it."""
     kernel, tile = plan
-    if kernel in ("library", "hopper"):
+    if kernel == "library":
         return True
+    if kernel == "hopper":
+        return hopper_narrow.supports(weight.values.shape[0], weight.inputs, tile)
     layout, K, N = weight.layout, weight.inputs, weight.values.shape[0]
     if kernel == "vector":  # 1 to 8 loads of 16 bytes a thread are on their way
         return 512 * tile.warps <= tile.columns * tile.depth * tile.stages <= 4096 * tile.warps

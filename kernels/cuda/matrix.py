@@ -13,6 +13,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels.cuda.tile import Tiles, launch
 
+SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor that a program may have
+
 
 class Tile(NamedTuple):
     """A program's part of a product: rows of x, columns of the result, inputs of one turn, all powers of two.

@@ -19,7 +19,6 @@ from kernels.tuned import file_name, found_for
 DEPTH = 128  # inputs of a turn, where so many divide all
 THIN = 64  # tokens up to which reading the weight takes longest
 FEW_OUTPUTS = 8192  # of which tiles of 64 are fewer than a large GPU's multiprocessors
-SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor that a program may have
 KERNELS = ("vector", "triton", "inside", "hopper", "library")
 CHANNEL, BLOCK, PACKED = "channel", "block", "packed"  # what kernels tell apart
 
@@ -59,11 +58,11 @@ def default_plan(weight: QuantizedTensor, M: int) -> Plan:
         return Plan("vector", Tile(1, 8, 1024, stages=1))
     if kind is None or (kind == CHANNEL and (M > 16 or depth < LEAST)) or (kind == PACKED and M > 128):
         return Plan("library")
+    if kind == BLOCK and M > 16 and group == hopper_narrow.BLOCK and on_hopper():
+        tile = hopper_narrow.default_tile(M, N, K)
+        if hopper_narrow.supports(N, K, tile):
+            return Plan("hopper", tile)
     splits = 4 if N <= FEW_OUTPUTS and K % (4 * 256) == 0 else 1
-    if kind == BLOCK and group == hopper_narrow.BLOCK and (THIN if splits > 1 else 16) < M and on_hopper():
-        rows, columns, stages = (64, 256, 4) if M <= 256 else (128, 128, 5)
-        if hopper_narrow.supports(N, K, rows):
-            return Plan("hopper", Tile(rows, columns, 128, stages=stages))
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
     if M > THIN:
         return Plan(
@@ -109,8 +108,7 @@ def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array
 
 def may_be_hoppers(tile: Tile, weight: QuantizedTensor, dtype: jnp.dtype) -> bool:
     """-> whether Hopper's kernel takes a product, whatever a file says: it writes numbers of 16 bits."""
-    fits = hopper_narrow.supports(weight.values.shape[0], weight.inputs, tile.rows)
-    return fits and jnp.dtype(dtype).itemsize == 2
+    return hopper_narrow.supports(weight.values.shape[0], weight.inputs, tile) and jnp.dtype(dtype).itemsize == 2
 
 
 def on_hopper() -> bool:
@@ -146,7 +144,7 @@ def multiply(
         processors: Any = multiprocessors or jax.local_devices()[0].core_count  # type: ignore[attr-defined]
         return hopper_narrow.block_product(
             values, scales, weight.values, weight.scales.astype(jnp.float32), jnp.dtype(dtype),
-            rows=tile.rows, stages=tile.stages, multiprocessors=processors,
+            tile=tile, multiprocessors=processors,
         )  # fmt: skip
     return narrow_product(values, scales, weight.values, weight.scales, dtype, tile=tile, interpret=interpret)
 

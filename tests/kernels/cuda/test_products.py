@@ -102,13 +102,17 @@ def test_products_lower_for_a_gpu(name):
             assert "triton" in run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
 
 
+HOPPERS = Tile(64, 256, 128)
+
+
 @pytest.mark.skipif(H200 is None, reason="this JAX cannot lower for a GPU that is not there")
-@pytest.mark.skipif(not hopper_narrow.supports(1024, 1024), reason="the kernel is for another JAX")
-@pytest.mark.parametrize("rows", [64, 128])
-def test_hoppers_own_product_lowers(rows):
+@pytest.mark.skipif(not hopper_narrow.supports(1024, 1024, HOPPERS), reason="the kernel is for another JAX")
+@pytest.mark.parametrize("rows, columns", hopper_narrow.TILES)
+@pytest.mark.parametrize("splits", [1, 4])
+def test_hoppers_own_product_lowers(rows, columns, splits):
     weight = jax.eval_shape(lambda: random_weight("fp8, blocks", 1024, 1024))
     x = jax.ShapeDtypeStruct((300, 1024), jnp.bfloat16)
-    plan = Plan("hopper", Tile(rows, 128, 128, stages=4))
+    plan = Plan("hopper", Tile(rows, columns, 128, splits, stages=3))
     run = jax.jit(partial(multiply, dtype=jnp.dtype(jnp.bfloat16), plan=plan, multiprocessors=132))
     with jax.sharding.use_abstract_mesh(H200):
         assert "mosaic_gpu" in run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
@@ -139,9 +143,9 @@ def test_default_plans_take_inputs_that_128_does_not_divide(layout):
 
 def test_hoppers_kernel_is_not_asked_for_float32():
     weight = jax.eval_shape(lambda: random_weight("fp8, blocks", 1024, 1024))
-    assert not may_be_hoppers(Tile(64, 256, 128), weight, float32)
-    wide = may_be_hoppers(Tile(64, 256, 128), weight, jnp.dtype(jnp.bfloat16))
-    assert wide == hopper_narrow.supports(1024, 1024, 64)
+    assert not may_be_hoppers(HOPPERS, weight, float32)
+    wide = may_be_hoppers(HOPPERS, weight, jnp.dtype(jnp.bfloat16))
+    assert wide == hopper_narrow.supports(1024, 1024, HOPPERS)
 
 
 def test_a_tuned_plan_is_that_of_the_nearest_batch(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 from product_cases import QuantizedTensor
@@ -33,7 +32,7 @@ VECTOR_VALUES = {
 
 def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
     """-> the default, and one plan of every other kernel that takes the product."""
-    kind, K = kind_of(weight), weight.inputs
+    kind, N, K = kind_of(weight), weight.values.shape[0], weight.inputs
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
     tile = Tile(rows, 64, 128) if rows <= 64 else Tile(rows, 128, 128, warps=8, stages=3)
     found = [default, Plan("triton", tile)]
@@ -42,10 +41,10 @@ def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
     if kind == BLOCK and M <= 16:
         found.append(Plan("inside", tile))
     if kind == BLOCK and K // weight.scales.shape[1] == hopper_narrow.BLOCK and on_hopper():
-        for (rows, columns), splits in itertools.product(hopper_narrow.TILES, VALUES["splits"]):
-            programs = -(-M // rows) * (weight.values.shape[0] // columns) * splits
-            if splits == 1 or programs <= 1.5 * hopper_narrow.MULTIPROCESSORS:
-                found.append(Plan("hopper", Tile(rows, columns, hopper_narrow.BLOCK, splits, stages=3)))
+        shapes = [(rows, columns) for rows, columns in hopper_narrow.TILES if rows <= M or rows == hopper_narrow.ROWS]
+        found += [Plan("hopper", hopper_narrow.filling(*shape, M, N, K)) for shape in shapes]
+        if M > 256 and default.kernel == "hopper":
+            found.remove(Plan("triton", tile))  # which takes more than twice as long
     if kind == CHANNEL or (kind == PACKED and M >= 256):
         found.append(Plan("library"))
     return list(dict.fromkeys(plan for plan in found if fits(plan, weight)))
@@ -53,7 +52,7 @@ def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
 
 def neighbours(plan: Plan, field: str, weight: QuantizedTensor) -> Iterator[Plan]:
     """-> the plan with other values of one field of its tile, those that fit."""
-    if plan.kernel == "library" or (plan.kernel == "hopper" and field != "stages"):  # its starts have the rest
+    if plan.kernel == "library" or (plan.kernel == "hopper" and field not in ("splits", "stages")):
         return
     for value in (VECTOR_VALUES if plan.kernel == "vector" else VALUES)[field]:
         other = plan._replace(tile=plan.tile._replace(**{field: value}))

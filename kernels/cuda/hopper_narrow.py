@@ -53,13 +53,17 @@ def supports(N: int, K: int, tile: Tile) -> bool:
 
 
 def default_tile(M: int, N: int, K: int) -> Tile:
-    """-> what serves M tokens and a weight [N, K]: tiles, or parts of their inputs, that fill the GPU once."""
+    """-> what serves M tokens and a weight [N, K]."""
     if M > 256:
-        return Tile(128, 128, BLOCK, stages=5 if M > 1024 else 4)
-    columns = 128 if M <= ROWS and N <= MULTIPROCESSORS * 64 else 256
-    tiles = pl.cdiv(M, ROWS) * pl.cdiv(N, columns)
+        return filling(128, 128, M, N, K)
+    return filling(ROWS, 128 if M <= ROWS and N <= ROWS * MULTIPROCESSORS else 256, M, N, K)
+
+
+def filling(rows: int, columns: int, M: int, N: int, K: int) -> Tile:
+    """-> tiles of this size, or as many parts of their inputs as fill the GPU once."""
+    tiles = pl.cdiv(M, rows) * pl.cdiv(N, columns)
     splits = next((n for n in (8, 4, 2) if n * tiles <= MULTIPROCESSORS and K % (n * LEAST_INPUTS) == 0), 1)
-    return Tile(ROWS, columns, BLOCK, splits, stages=4 if splits == 1 or columns == 128 else 3)
+    return Tile(rows, columns, BLOCK, splits, stages=3 if splits > 1 and columns == 256 else 4)
 
 
 # Compiled by itself, it is traced and lowered once for all layers of a step.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def h200() -> tuple[Mesh, AbstractMesh]:
     from sharding.mesh import AXES
 
     product.on_hopper = lambda: True
+    product.multiply = partial(product.multiply, multiprocessors=MULTIPROCESSORS)
     topology = topologies.get_topology_desc("", "cuda", target_config=H200, topology="1x1x1")
     device = AbstractDevice("NVIDIA H200", MULTIPROCESSORS, "gpu")
     mesh = Mesh(np.array(topology.devices).reshape((1,) * len(AXES)), AXES)

@@ -44,7 +44,7 @@ def main() -> None:
         """-> the plan. Errors: what the compiler says."""
         weight = jax.eval_shape(partial(random_weight, name, N, K))
         plan = product.default_plan(weight, M)
-        run = partial(product.multiply, dtype=bfloat16, plan=plan, multiprocessors=gpu_compiler.MULTIPROCESSORS)
+        run = partial(product.multiply, dtype=bfloat16, plan=plan)
         with jax.sharding.use_abstract_mesh(abstract):  # Pallas asks it which GPU it is
             traced = jax.jit(run).trace(given(jax.ShapeDtypeStruct((M, K), bfloat16)), given(weight))
             lowered = traced.lower(lowering_platforms=("cuda",))

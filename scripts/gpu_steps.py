@@ -1,10 +1,11 @@
 """Compile a step of decodes for an H200 that is not here: its kernels by part, its memory, what it computes twice.
 
-    python scripts/gpu_steps.py [--shape llama-8b] [--draft-shape qwen3-0.6b --drafts 4] [--pages 30000] [--hlo FILE]
+    python scripts/gpu_steps.py [--shape llama-8b] [--quantization fp8_block] [--rows 8] [--pages 30000] [--hlo FILE]
+    python scripts/gpu_steps.py --draft-shape qwen3-0.6b --drafts 4
 
-Weights are bfloat16, drafts those of a model, XLA's own choices not tuned, as there is nothing to tune on.
-gpu_compiler.py says what to install. A card full of pages matters: where XLA thinks that they do not fit, it computes
-things again. Exit code 1 if it does.
+Weights are bfloat16 unless quantized, drafts those of a model, XLA's own choices not tuned, as there is nothing
+to tune them on. gpu_compiler.py says what to install. A card full of pages matters: where XLA thinks that they do not
+fit, it computes things again. Exit code 1 if it does.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def kind_of(line: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-8b")
+    parser.add_argument("--quantization", help="a method that quantizes while loading")
     parser.add_argument("--draft-shape", help="of a model that drafts")
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--layers", type=int, help="of either model, if not all")
@@ -68,6 +70,7 @@ def main() -> None:
     from engine.compiler import ON_GPU, TUNED_TOKENS, UNTUNED
     from engine.layout import StepLayout
     from engine.models.config import ModelConfig
+    from engine.models.narrow import online_plan
     from engine.models.read import from_hugging_face
     from engine.speculation.drafter import Drafter
     from engine.speculative_config import SpeculativeConfig
@@ -91,7 +94,8 @@ def main() -> None:
         update_and_attend=partial(triton.update_and_attend, **here),
         attend_product=partial(triton.attend_product, **here),
     )
-    layout = StepLayout(model, mesh, drafter=drafter)
+    plan = online_plan(model, options.quantization, "gpu", "bfloat16") if options.quantization else {}
+    layout = StepLayout(model, mesh, plan=plan, drafter=drafter)
     dtypes = ("bfloat16", "bfloat16")
     state = layout.state(backend, options.pages, PAGE, dtypes, options.rows, options.max_model_len)
     step = jax.jit(StepLayout.step, static_argnums=(0, 1, 2, 3), donate_argnums=5)

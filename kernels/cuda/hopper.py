@@ -178,7 +178,7 @@ def prefill(
             pl.when(group == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
             done = for_each(partial(multiply, plan, shared, group, sinks_ref, out))
             plgpu.wait_smem_to_gmem(0)
-            pl.when(done > 0)(lambda: plgpu.barrier_arrive(shared.q_free.at[(done - 1) % QUEUES]))
+            pl.when(done > 0)(lambda: plgpu.barrier_arrive(shared.q_free.at[lax.rem(done - 1, QUEUES)]))
             pl.when(group == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
 
     run = plgpu.kernel(
@@ -236,26 +236,28 @@ def for_each_work(plan: Plan, works: Any, blocks: Any, program: Any, do: Any) ->
     -> how many works those were.
     """
     P, total = plan.programs, works[0]
-    rounds = total // P
+    rounds = lax.div(total, P)
     # Works come in order of their length: every other round goes backwards, for equal sums.
-    place = lambda i: i * P + jnp.where(i % 2 == 0, program, P - 1 - program)
+    place = lambda i: i * P + jnp.where(i & 1 == 0, program, P - 1 - program)
 
     def described(i: Any) -> Any:
-        block = jnp.minimum(place(i) // plan.units, blocks.shape[1] - 1)
+        block = jnp.minimum(lax.div(place(i), plan.units), blocks.shape[1] - 1)
         return tuple(blocks[part, block] for part in range(5))
 
     def turn(i: Any, carry: Any) -> Any:
         step, (row, token, position, count, skipped) = carry
         following = described(i + 1)  # a work early: nothing waits for it
-        token = token // ALIGNED * ALIGNED  # so that the compiler sees it
-        head = place(i) % plan.units * plan.together
+        token = lax.div(token, ALIGNED) * ALIGNED  # so that the compiler sees it
+        head = lax.rem(place(i), plan.units) * plan.together
         window = plan.spec.window
-        first = jnp.int32(0) if window is None else jnp.maximum(position + skipped - window + 1, 0) // plan.context
-        end = pl.cdiv(position + count, plan.context)
-        work = Work(row, token, position, count, skipped, head, head // plan.spec.group, first, end)
+        first = jnp.int32(0)
+        if window is not None:
+            first = lax.div(jnp.maximum(position + skipped - window + 1, 0), plan.context)
+        end = lax.div(position + count + plan.context - 1, plan.context)
+        work = Work(row, token, position, count, skipped, head, lax.div(head, plan.spec.group), first, end)
         return do(work, i, step), following
 
-    mine = rounds + (place(rounds) < total).astype(jnp.int32)
+    mine = rounds + jnp.clip(total - place(rounds), 0, 1)
     lax.fori_loop(0, mine, turn, (jnp.int32(0), described(0)))
     return mine
 
@@ -271,7 +273,7 @@ def fetch(
     mine = range(share, plan.pieces, plan.shares)
 
     def tile(j: Any, step: Any) -> Any:
-        slot, begin = step % plan.stages, j * plan.context
+        slot, begin = lax.rem(step, plan.stages), j * plan.context
         pages = [table[work.row, jnp.minimum((begin + i * plan.piece) >> shift, last_page)] for i in mine]
         inside = begin & (plan.page_size - 1) if plan.pieces == 1 else 0
         plgpu.barrier_wait(free.at[slot])
@@ -281,7 +283,7 @@ def fetch(
         return step + 1
 
     if part == 0:
-        queue = i % QUEUES
+        queue = lax.rem(i, QUEUES)
         plgpu.barrier_wait(shared.q_free.at[queue])
         for group in range(share, GROUPS, plan.shares):
             for head in range(plan.together):
@@ -294,13 +296,13 @@ def fetch(
 def multiply(plan: Plan, shared: Shared, group: Any, sinks: Any, out: Any, work: Work, i: Any, step: Any) -> Any:
     """A warpgroup's half of a work: its scores, their softmax and the weighted values, to `out`. -> the next step."""
     spec, D, context, stages = plan.spec, plan.spec.head_dim, plan.context, plan.stages
-    dtype, queue = shared.q.dtype, i % QUEUES
+    dtype, queue = shared.q.dtype, lax.rem(i, QUEUES)
     scale = LOG2_E * (spec.scale if spec.soft_cap is None else 1.0)
     by_row = plgpu.Layout.WGMMA.reduce(1)
     full = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), by_row)
     spread = lambda x, width: lax.broadcast_in_dim(x, (ROWS, width), (0,))
     lane = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row)
-    position = work.position + group * plan.each + lane % plan.each
+    position = work.position + group * plan.each + lax.rem(lane, plan.each)
 
     def softmax(scores: Array, state: tuple[Array, Array], j: Any, masked: bool) -> Any:
         """-> weights, what the sums so far keep, and the maximum and the sum of weights, in powers of 2."""
@@ -338,14 +340,14 @@ def multiply(plan: Plan, shared: Shared, group: Any, sinks: Any, out: Any, work:
     def body(acc: Any) -> Any:
         def first_tile(ref: Any) -> Array:
             my_turn()
-            scores_into(ref, step % stages)
+            scores_into(ref, lax.rem(step, stages))
             your_turn()
             return ref[...]
 
         def tile(masked: bool, j: Any, carry: Any) -> Any:
             """Scores of tile j and values of the one before it."""
             weights, state, step, value = carry
-            slot, next_slot = step % stages, (step + 1) % stages
+            slot, next_slot = lax.rem(step, stages), lax.rem(step + 1, stages)
             plgpu.barrier_wait(shared.k_ready.at[next_slot])
             plgpu.barrier_wait(shared.v_ready.at[slot])
             my_turn()
@@ -370,36 +372,36 @@ def multiply(plan: Plan, shared: Shared, group: Any, sinks: Any, out: Any, work:
                 acc[...] = acc[...] * spread(keep, D)
             return weights, state, step + 1, value
 
-        plgpu.barrier_wait(shared.k_ready.at[step % stages])
+        plgpu.barrier_wait(shared.k_ready.at[lax.rem(step, stages)])
         plgpu.barrier_wait(shared.q_ready.at[queue])
         scores = pl.run_scoped(first_tile, plgpu.WGMMAAccumulatorRef((ROWS, context), jnp.float32))
-        plgpu.barrier_arrive(shared.k_free.at[step % stages])
+        plgpu.barrier_arrive(shared.k_free.at[lax.rem(step, stages)])
         # The first maximum lies above what is masked, so that a tile of nothing else weighs nothing.
         weights, _, state = softmax(scores, (full(NOTHING * scale / 2), full(0.0)), work.first, masked=True)
         # By now the work before this has left its queries' place.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        pl.when(i > 0)(lambda: plgpu.barrier_arrive(shared.q_free.at[(i - 1) % QUEUES]))
+        pl.when(i > 0)(lambda: plgpu.barrier_arrive(shared.q_free.at[lax.rem(i - 1, QUEUES)]))
         value = jnp.zeros((ROWS, D), jnp.float32) if plan.interpret else ()
         carry = weights.astype(dtype), state, step, value
         begin = work.first + 1
         # Up to here every query sees every token; then comes the diagonal.
-        whole = begin if spec.window is not None else (work.position + work.skipped + 1) // context
+        whole = begin if spec.window is not None else lax.div(work.position + work.skipped + 1, context)
         whole = jnp.clip(whole, begin, jnp.maximum(work.end, begin))
         carry = lax.fori_loop(begin, whole, partial(tile, False), carry)
         weights, state, last, value = lax.fori_loop(whole, work.end, partial(tile, True), carry)
-        plgpu.barrier_wait(shared.v_ready.at[last % stages])
+        plgpu.barrier_wait(shared.v_ready.at[lax.rem(last, stages)])
         my_turn()
-        more = values_into(acc, weights, last % stages)
+        more = values_into(acc, weights, lax.rem(last, stages))
         your_turn()
         value = value + more if plan.interpret else acc[...]
-        plgpu.barrier_arrive(shared.v_free.at[last % stages])
+        plgpu.barrier_arrive(shared.v_free.at[lax.rem(last, stages)])
         return value, *state, last + 1
 
     value, maximum, total, step = pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((ROWS, D), jnp.float32))
     if sinks is not None:
         sink = full(NOTHING)
         for head in range(plan.together):
-            sink = jnp.where(lane // plan.each == head, sinks[work.head + head], sink)
+            sink = jnp.where(lax.div(lane, plan.each) == head, sinks[work.head + head], sink)
         total += jnp.exp2(sink * LOG2_E - maximum)
     store(plan, shared, group, queue, (value * spread(1.0 / total, D)).astype(dtype), out, work)
     return step
@@ -428,10 +430,10 @@ def store(plan: Plan, shared: Shared, group: Any, queue: Any, value: Array, out:
         length, at = plan.each, done
         while length := length // 2:
 
-            @pl.when(left & length != 0)
-            def _copy(at: Any = at, length: int = length) -> None:
+            def copy(at: Any = at, length: int = length) -> None:
                 for head in range(plan.together):
                     target = out.at[pl.ds(work.token + begin + at, length), work.head + head]
                     plgpu.copy_smem_to_gmem(shared.out.at[group, pl.ds(head * plan.each + at, length)], target)
 
+            lax.switch(left & length, [lambda: None, copy])  # an index past the end is the last
             at += left & length

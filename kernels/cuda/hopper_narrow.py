@@ -24,7 +24,7 @@ BLOCK = 128  # inputs and outputs of a weight's scale
 ROWS = 64  # of what a warpgroup multiplies: what its instruction takes
 TILES = ((128, 128), (64, 256), (64, 128))  # rows and columns of a program's
 GROUPS = 2  # warpgroups that multiply; the next one fetches
-ALIGNED = 4  # tokens that copies can tell from those past the end
+ALIGNED = 8  # rows that copies move together: tokens are padded to as many, and those past the end read as zeros
 BAND = 32  # tiles of rows that are taken together: the tokens that stay in the second-level cache
 MULTIPROCESSORS = 132  # of an H100 or H200
 LEAST_INPUTS = 4 * BLOCK  # of a program
@@ -98,9 +98,11 @@ def block_product(
             """do(row, column, split, step) for each of a program's tiles; `step` counts turns from its start on."""
 
             def one(i: Any, _: Any) -> None:
-                split, place = divmod(i * programs + program, tiles)
-                outer, inside = divmod(place, band * across)
-                do((outer * band + inside % band) * rows, inside // band * columns, split, i * turns)
+                at = i * programs + program
+                place = lax.rem(at, tiles)
+                outer, inside = lax.div(place, band * across), lax.rem(place, band * across)
+                row, column = outer * band + lax.rem(inside, band), lax.div(inside, band)
+                do(row * rows, column * columns, lax.div(at, tiles), i * turns)
 
             mine = tiles * splits // programs + (program < tiles * splits % programs).astype(jnp.int32)
             lax.fori_loop(0, mine, one, None)
@@ -111,7 +113,7 @@ def block_product(
 
             def fetch(row: Any, column: Any, split: Any, step: Any) -> None:
                 def turn(i: Any, _: Any) -> None:
-                    slot, k = (step + i) % stages, split * turns + i
+                    slot, k = lax.rem(step + i, stages), split * turns + i
                     at = pl.ds(k * BLOCK, BLOCK)
                     ready = shared.ready.at[slot]
                     plgpu.barrier_wait(shared.free.at[slot])
@@ -135,12 +137,12 @@ def block_product(
             by_row = plgpu.Layout.WGMMA.reduce(1)
 
             def multiply(row: Any, column: Any, split: Any, step: Any) -> None:
-                block, first = (column + across_at) // BLOCK, split * turns
+                block, first = lax.div(column + across_at, BLOCK), split * turns
 
                 def turn(i: Any, carry: Any) -> Any:
                     total, scale = carry
                     following = scales[block, first + jnp.minimum(i + 1, turns - 1)]  # a turn early: no wait for it
-                    slot = (step + i) % stages
+                    slot = lax.rem(step + i, stages)
                     plgpu.barrier_wait(shared.ready.at[slot])
 
                     def part_of(ref: Any) -> Array:
@@ -148,7 +150,7 @@ def block_product(
                         plgpu.wgmma(ref, shared.x.at[slot, pl.ds(down_at, ROWS)], some.transpose((1, 0)))
                         return ref[...]
 
-                    token = plgpu.load(shared.scales.at[slot, pl.ds(down_at, ROWS)], (), layout=by_row) * scale
+                    token = plgpu.load(shared.scales.at[slot, pl.ds(down_at, ROWS)], layout=by_row) * scale
                     product = pl.run_scoped(part_of, plgpu.WGMMAAccumulatorRef(part, jnp.float32))
                     plgpu.barrier_arrive(shared.free.at[slot])
                     return total + product * lax.broadcast_in_dim(token, part, (0,)), following

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from product_cases import QuantizedTensor
 
-from kernels.cuda import hopper_narrow, vector
+from kernels.cuda import hopper_narrow, hopper_packed, vector
 from kernels.cuda.matrix import SHARED_MEMORY, Tile
 from kernels.cuda.product import BLOCK, CHANNEL, PACKED, Plan, kind_of, on_hopper
 
@@ -28,6 +28,14 @@ VECTOR_VALUES = {
     "stages": (1, 2, 4),
     "swapped": (False,),
 }
+PACKED_VALUES = {
+    "columns": (128, 256),
+    "splits": hopper_packed.SPLITS,
+    "warps": (8, 16),
+    "depth": (hopper_packed.DEPTH,),
+    "stages": hopper_packed.STAGES,
+    "swapped": (False,),
+}
 
 
 def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
@@ -45,6 +53,8 @@ def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
         found += [Plan("hopper", hopper_narrow.filling(*shape, M, N, K)) for shape in shapes]
         if M > 256 and default.kernel == "hopper":
             found.remove(Plan("triton", tile))  # which takes more than twice as long
+    if kind == PACKED and hopper_packed.supports(weight) is None and on_hopper():
+        found += [Plan("hopper_packed", tile) for tile in hopper_packed.tiles_of(weight, M)]
     if kind == CHANNEL or (kind == PACKED and M >= 256):
         found.append(Plan("library"))
     return list(dict.fromkeys(plan for plan in found if fits(plan, weight)))
@@ -54,7 +64,7 @@ def neighbours(plan: Plan, field: str, weight: QuantizedTensor) -> Iterator[Plan
     """-> the plan with other values of one field of its tile, those that fit."""
     if plan.kernel == "library" or (plan.kernel == "hopper" and field not in ("splits", "stages")):
         return
-    for value in (VECTOR_VALUES if plan.kernel == "vector" else VALUES)[field]:
+    for value in {"vector": VECTOR_VALUES, "hopper_packed": PACKED_VALUES}.get(plan.kernel, VALUES)[field]:
         other = plan._replace(tile=plan.tile._replace(**{field: value}))
         if other != plan and fits(other, weight):
             yield other
@@ -67,6 +77,8 @@ def fits(plan: Plan, weight: QuantizedTensor) -> bool:
         return True
     if kernel == "hopper":
         return hopper_narrow.supports(weight.values.shape[0], weight.inputs, tile)
+    if kernel == "hopper_packed":
+        return hopper_packed.fits(weight, tile)
     layout, K, N = weight.layout, weight.inputs, weight.values.shape[0]
     if kernel == "vector":  # 1 to 8 loads of 16 bytes a thread are on their way
         return 512 * tile.warps <= tile.columns * tile.depth * tile.stages <= 4096 * tile.warps

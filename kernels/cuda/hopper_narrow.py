@@ -30,6 +30,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 LEAST_INPUTS = 4 * BLOCK  # of a program
 BARRIERS = 1024  # bytes of them, and of what aligns tiles
 REGISTERS = (232, 40)  # of a thread that multiplies, and of one that fetches
+load: Any = plgpu.load  # an older JAX, for which nothing is compiled here, wants an index too
 
 
 class Shared(NamedTuple):
@@ -150,7 +151,7 @@ def block_product(
                         plgpu.wgmma(ref, shared.x.at[slot, pl.ds(down_at, ROWS)], some.transpose((1, 0)))
                         return ref[...]
 
-                    token = plgpu.load(shared.scales.at[slot, pl.ds(down_at, ROWS)], layout=by_row) * scale
+                    token = load(shared.scales.at[slot, pl.ds(down_at, ROWS)], layout=by_row) * scale
                     product = pl.run_scoped(part_of, plgpu.WGMMAAccumulatorRef(part, jnp.float32))
                     plgpu.barrier_arrive(shared.free.at[slot])
                     return total + product * lax.broadcast_in_dim(token, part, (0,)), following

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.cuda import hopper_narrow, vector
+from kernels.cuda import hopper_narrow, hopper_packed, vector
 from kernels.cuda.activations import narrow
 from kernels.cuda.matrix import Tile
 from kernels.cuda.narrow import narrow_product
@@ -18,8 +18,9 @@ from kernels.tuned import file_name, found_for
 
 DEPTH = 128  # inputs of a turn, where so many divide all
 THIN = 64  # tokens up to which reading the weight takes longest
+LARGE = 1 << 25  # numbers of a weight from which on Mosaic's kernel for packed ones was seen to be the fastest
 FEW_OUTPUTS = 8192  # of which tiles of 64 are fewer than a large GPU's multiprocessors
-KERNELS = ("vector", "triton", "inside", "hopper", "library")
+KERNELS = ("vector", "triton", "inside", "hopper", "hopper_packed", "library")
 CHANNEL, BLOCK, PACKED = "channel", "block", "packed"  # what kernels tell apart
 
 
@@ -27,8 +28,8 @@ class Plan(NamedTuple):
     """How a product is computed.
 
     kernel: "vector" is for a few tokens, without tensor cores; "triton" unpacks weights, or takes activations that were
-    made narrow before; "inside" makes them narrow in each program; "hopper" is Mosaic's; "library" leaves the product
-    to XLA, which calls cuBLAS.
+    made narrow before; "inside" makes them narrow in each program; "hopper" is Mosaic's for FP8, "hopper_packed" for
+    packed weights; "library" leaves the product to XLA, which calls cuBLAS.
     """
 
     kernel: str
@@ -54,6 +55,10 @@ def default_plan(weight: QuantizedTensor, M: int) -> Plan:
     kind, N, K = kind_of(weight), weight.values.shape[0], weight.inputs
     group = K // weight.scales.shape[1]
     depth = min(DEPTH, K & -K)  # weights of 4 bits are cut in turns of their own
+    if kind == PACKED and M <= THIN and N * K >= LARGE and hopper_packed.supports(weight) is None:
+        tile = hopper_packed.default_tile(weight, M) if on_hopper() else None
+        if tile:
+            return Plan("hopper_packed", tile)
     if M == 1 and vector.supports(weight) is None:
         return Plan("vector", Tile(1, 8, 1024, stages=1))
     if kind is None or (kind == CHANNEL and (M > 16 or depth < LEAST)) or (kind == PACKED and M > 128):
@@ -103,6 +108,8 @@ def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array
     plan = tuned_plan(weight, x.shape[0], jax.local_devices()[0].device_kind)
     if plan.kernel == "hopper" and not may_be_hoppers(plan.tile, weight, dtype):
         plan = Plan("triton", Tile(64, 64, 128))
+    if plan.kernel == "hopper_packed" and not hopper_packed.takes(x, weight, plan.tile):
+        plan = Plan("triton", Tile(64, 64, DEPTH, warps=8)) if x.shape[0] <= 128 else Plan("library")
     return multiply(x, weight, dtype, plan)
 
 
@@ -127,8 +134,11 @@ def multiply(
 ) -> Array:
     """x [M, K], weight [N, K] -> [M, N] in `dtype`, as the plan says."""
     layout, kernel, tile = weight.layout, plan.kernel, plan.tile
+    processors: Any = multiprocessors or (kernel.startswith("hopper") and jax.local_devices()[0].core_count)  # type: ignore[attr-defined]
     if kernel == "vector":
         return vector.rows_product(x, weight, dtype, tile=tile, interpret=interpret)
+    if kernel == "hopper_packed":
+        return hopper_packed.packed_product(x, weight, dtype, tile=tile, multiprocessors=processors)
     if kernel == "library" or kind_of(weight) is None:
         return library_product(x, weight, dtype)
     if layout.activations == "none":
@@ -141,7 +151,6 @@ def multiply(
     else:
         values, scales = narrow(x, weight.inputs // weight.scales.shape[1], interpret=interpret)
     if kernel == "hopper":
-        processors: Any = multiprocessors or jax.local_devices()[0].core_count  # type: ignore[attr-defined]
         return hopper_narrow.block_product(
             values, scales, weight.values, weight.scales.astype(jnp.float32), jnp.dtype(dtype),
             tile=tile, multiprocessors=processors,

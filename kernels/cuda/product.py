@@ -50,7 +50,8 @@ def kind_of(weight: QuantizedTensor) -> str | None:
 def default_plan(weight: QuantizedTensor, M: int) -> Plan:
     """-> what serves M tokens and a weight [N, K] where nothing was tuned.
 
-    Few tokens: a weight with few outputs is split over its inputs, so that every multiprocessor has some of it.
+    Few tokens: a weight with few outputs is split over its inputs, so that every multiprocessor has some of it. A
+    single token does without tensor cores, but for a weight in blocks with many outputs, which Triton reads faster.
     """
     kind, N, K = kind_of(weight), weight.values.shape[0], weight.inputs
     group = K // weight.scales.shape[1]
@@ -59,7 +60,7 @@ def default_plan(weight: QuantizedTensor, M: int) -> Plan:
         tile = hopper_packed.default_tile(weight, M) if on_hopper() else None
         if tile:
             return Plan("hopper_packed", tile)
-    if M == 1 and vector.supports(weight) is None:
+    if M == 1 and vector.supports(weight) is None and (kind != BLOCK or N <= FEW_OUTPUTS):
         return Plan("vector", Tile(1, 8, 1024, stages=1))
     if kind is None or (kind == CHANNEL and (M > 16 or depth < LEAST)) or (kind == PACKED and M > 128):
         return Plan("library")

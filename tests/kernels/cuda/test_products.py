@@ -133,6 +133,12 @@ def test_default_plans_cut_products_into_whole_turns(layout, count):
         assert plan.kernel in ("library", "vector") or inputs % (turn * plan.tile.splits) == 0
 
 
+def test_one_token_takes_tensor_cores_where_outputs_are_many_and_in_blocks():
+    large = jax.ShapeDtypeStruct((28672, 512), float32)
+    plans = [default_plan(jax.eval_shape(partial(quantize, layout=layout), large), 1) for layout in LAYOUTS]
+    assert [plan.kernel for plan in plans] == ["vector", "triton", "vector"]
+
+
 @pytest.mark.parametrize("layout", [Layout("fp8", 64, 64, "token_group"), Layout("fp8", activations="token")])
 def test_default_plans_take_inputs_that_128_does_not_divide(layout):
     weight, x = quantize(jnp.asarray(np.random.default_rng(2).standard_normal((128, 576))), layout), tokens(8, 576)

@@ -82,8 +82,9 @@ class StepCompiler:
         self._config, self._resolved, self._report = config, resolved, report
         self._lowering, self.num_traces = Lock(), 0
         self._laid_out = partial(
-            StepLayout, mesh=mesh, expert_parallel=config.enable_expert_parallel, plan=stored, scaled=scaled
-        )
+            StepLayout, mesh=mesh, expert_parallel=config.enable_expert_parallel, plan=stored, scaled=scaled,
+            custom_all_reduce=not config.disable_custom_all_reduce,
+        )  # fmt: skip
         self.layout = self._laid_out(model, drafter=drafter)
         self._device = device = mesh.local_devices[0]
         self._platform = device.platform
@@ -93,6 +94,9 @@ class StepCompiler:
         specs = {*self.layout.specs, *self.layout.draft_specs}
         self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
+        if not config.disable_custom_all_reduce:
+            link = "a kernel's, over NVLink" if self.layout.has_link else "XLA's: no GPUs of one process with NVLinks"
+            report(f"small sums over devices: {link}")
 
         one_row = bool(stored) and drafter is None
         shapes = partial(gpu_step_shapes, one_row=one_row) if device.platform == "gpu" else step_shapes
@@ -106,7 +110,12 @@ class StepCompiler:
             return StepLayout.step(*arguments)
 
         self._step = jax.jit(counted, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-        grid = [mesh.shape, [other.id for other in mesh.devices.flat], config.enable_expert_parallel]
+        grid = [
+            mesh.shape,
+            [other.id for other in mesh.devices.flat],
+            config.enable_expert_parallel,
+            self.layout.has_link,
+        ]
         identity = (model, resolved, self.backend.name, self.layout.params(resolved.dtype), grid, drafter)
         self._cache = ExecutableCache(cache_folder, device, *identity)
 

@@ -28,8 +28,10 @@ from engine.speculation.step import speculating_step
 from engine.step import DeviceState, StepOutput, step
 from engine.step_input import StepShape, flat_size
 from kernels.attention import Backend
+from kernels.cuda import all_reduce
 from sharding.axes import Axes, axes_of
 from sharding.mesh import AXES
+from sharding.topology import read_topology
 
 ALL, EACH = PartitionSpec(), PartitionSpec(AXES[1:])  # whole on every device; a part, along the first axis, on each
 EMPTY: Plan = {}
@@ -49,10 +51,12 @@ class StepLayout:
         plan: Plan = EMPTY,
         scaled: bool = False,
         drafter: Drafter | None = None,
+        custom_all_reduce: bool = False,
     ):
         """`plan`: which parameters are stored in few bits, and `scaled`: whether layers have scales of keys and values.
-        `drafter`: who speculates, if any; what it has of its own is whole on every device. Errors: ValueError for a
-        mesh that cannot hold the model."""
+        `drafter`: who speculates, if any; what it has of its own is whole on every device. `custom_all_reduce`: small
+        sums are a kernel of ours, where the devices have a link. Errors: ValueError for a mesh that cannot hold the
+        model."""
         draft = drafter and drafter.model
         self.plan, self.scaled, self.drafter = plan, scaled, drafter
         self.draft_specs = [attention_spec(draft, i) for i in range(len(draft.layers))] if draft else []
@@ -64,8 +68,9 @@ class StepLayout:
         self.of_each = NamedSharding(mesh, EACH) if mesh.size > 1 else self.of_all
         # In the form that shard_map takes.
         self.param_specs = jax.tree.map(lambda a: a.sharding.spec if mesh.size > 1 else ALL, self.params("float32"))
-        self.state_specs: Any = DeviceState(EACH, ALL, ALL, ALL, ALL, ALL)  # type: ignore[arg-type]
+        self.state_specs: Any = DeviceState(EACH, ALL, ALL, ALL, ALL, ALL, EACH)  # type: ignore[arg-type]
         self._platform = mesh.devices.flat[0].platform
+        self.has_link = custom_all_reduce and has_link(mesh)
 
     def params(self, dtype: str) -> Params:
         """-> shapes, dtypes and shardings of the parameters."""
@@ -93,7 +98,8 @@ class StepLayout:
         if self.drafter and self.drafter.has_head:
             outputs = jax.ShapeDtypeStruct((slots, self.model.hidden_size), dtype)
         rest = (page_table, tables, lengths, drafts, outputs)
-        return DeviceState(_on(self.of_each, caches), *_on(self.of_all, rest))
+        link = all_reduce.abstract_link(self.mesh, "model") if self.has_link else None
+        return DeviceState(_on(self.of_each, caches), *_on(self.of_all, rest), link=_on(self.of_each, link))
 
     def flat(self, shape: StepShape) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((flat_size(shape),), jnp.int32, sharding=self.of_all)
@@ -103,10 +109,15 @@ class StepLayout:
     ) -> tuple[DeviceState, StepOutput]:
         """As `step.step`, over the whole mesh."""
         axes = self.step_axes(shape)
-        one = partial(step, self.model, backend, page_size, shape, axes=axes, drafter=self.drafter)
+        each = partial(step, self.model, backend, page_size, shape, drafter=self.drafter)
         if shape.drafts:
             assert self.drafter is not None
-            one = partial(speculating_step, self.drafter, self.model, backend, page_size, shape, axes=axes)
+            each = partial(speculating_step, self.drafter, self.model, backend, page_size, shape)
+
+        def one(params: Params, state: DeviceState, flat: Array) -> tuple[DeviceState, StepOutput]:
+            link = None if axes.is_overlapped else state.link  # which has room for one sum at a time
+            return each(params, state, flat, axes=replace(axes, model=replace(axes.model, link=link)))
+
         own = self.state_specs
         return self.spread(one, (self.param_specs, own, ALL), (own, ALL))(params, state, flat)
 
@@ -134,6 +145,15 @@ class StepLayout:
         if self.mesh.size == 1:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def has_link(mesh: Mesh) -> bool:
+    """-> whether devices that share layers add up through each other's memory: GPUs of one process with NVLinks."""
+    devices = list(mesh.devices.flat)
+    here = devices[0].platform == "gpu" and len({device.process_index for device in devices}) == 1
+    if not here or not 1 < mesh.shape["model"] <= all_reduce.MOST_DEVICES:
+        return False
+    return float(devices[0].compute_capability) >= all_reduce.CAPABILITY and read_topology(devices).link == "NVLink"
 
 
 def _on(sharding: Any, tree: Any) -> Any:

@@ -39,6 +39,7 @@ from engine.step_input import (
     unpack,
 )
 from kernels.attention import copy_pages
+from kernels.cuda.all_reduce import open_workspace
 
 MEASURED_RUNS = 3  # of each step of decodes, the first of which may take longer
 COPIES = 8  # page copies in one launch; more take several
@@ -95,14 +96,16 @@ class Runner:
         self.page_size = resolved.page_size
         self.builder = BatchBuilder(resolved.max_num_seqs, -(-resolved.max_model_len // self.page_size))
         self.executables, self.memory, state, self.params = compiler.steps(load, peers)
-        empty: Any = replace(state, tables=None)  # type: ignore[arg-type]
+        empty: Any = replace(state, tables=None, link=None)  # type: ignore[arg-type]
         where = jax.tree.map(lambda s: s.sharding, state)
         zeros = jax.jit(
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty),
-            out_shardings=replace(where, tables=None),
+            out_shardings=replace(where, tables=None, link=None),
         )
         new_tables = partial(empty_tables, resolved.max_num_seqs, resolved.max_model_len, model.vocab_size)
-        self.state = replace(zeros(), tables=jax.jit(new_tables, out_shardings=where.tables)())
+        self._workspace = open_workspace(mesh, "model") if state.link else None
+        link = self._workspace and self._workspace.link
+        self.state = replace(zeros(), tables=jax.jit(new_tables, out_shardings=where.tables)(), link=link)
         self._prepare_slots()
         if drafter is not None and drafter.config.method == "draft_model":
             self._fills = compiler.fills(self.state, self.num_pages)

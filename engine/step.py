@@ -21,6 +21,7 @@ from engine.speculation.lengths import follow
 from engine.speculation.verify import Runs
 from engine.step_input import FLOAT_FIELDS, SLOT_FIELDS, StepShape, unpack
 from kernels.attention import Backend, RaggedBatch
+from kernels.cuda.all_reduce import Link
 from sharding.axes import ALONE, Axes
 
 
@@ -34,6 +35,7 @@ class DeviceState:
     lengths: Array | None = None  # [slots] i32: tokens so far, where the engine speculates
     draft_caches: list[Any] = field(default_factory=list)  # as kv_caches, of the layers that draft
     head_outputs: Array | None = None  # [slots, D], of a head that drafts: its output at the token before the last
+    link: Link | None = None  # through which devices that share layers add up what is small, if they have one
 
 
 @struct.dataclass

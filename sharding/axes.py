@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
+from jax.tree_util import register_dataclass
 
 
+class Link(Protocol):
+    """What adds up small arrays of devices that reach each other's memory; a tree of arrays."""
+
+    def supports(self, x: Array) -> bool: ...
+
+    def sum(self, x: Array) -> Array: ...
+
+    def supports_norm(self, x: Array) -> bool: ...
+
+    def sum_and_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> tuple[Array, Array]: ...
+
+
+@partial(register_dataclass, data_fields=["link"], meta_fields=["names", "size"])
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a mesh, or several as one. Every method is the identity where there is one device."""
+    """One axis of a mesh, or several as one. Every method is the identity where there is one device.
+
+    `link`: what sums go through that it supports; all others are XLA's.
+    """
 
     names: tuple[str, ...] = ()
     size: int = 1
+    link: Link | None = None
 
     def index(self) -> Array | int:
         """-> this device's place along the axis."""
@@ -23,7 +42,11 @@ class Axis:
 
     def sum(self, x: Array) -> Array:
         """-> the sum of every device's x, on each."""
-        return lax.psum(x, self.names) if self.size > 1 else x
+        if self.size == 1:
+            return x
+        if self.link is not None and self.link.supports(x):
+            return self.link.sum(x)
+        return lax.psum(x, self.names)
 
     def pick(self, x: Array) -> Array:
         """x [R, ...], the same on each -> [R / size, ...]: this device's rows. `size` must divide R."""
@@ -53,6 +76,7 @@ class Axis:
         return self.only(x, self.size - 1)
 
 
+@partial(register_dataclass, data_fields=["model", "stage"], meta_fields=["micro_batches"])
 @dataclass(frozen=True)
 class Axes:
     """Along `model` devices share each layer, along `stage` they hold one group of layers after another.
@@ -73,6 +97,8 @@ class Axes:
     @cached_property
     def whole(self) -> Axis:
         """-> both as one."""
+        if self.stage.size == 1:
+            return self.model
         return Axis(self.stage.names + self.model.names, self.stage.size * self.model.size)
 
 

@@ -81,7 +81,7 @@ def forward_with_taps(
     specs = dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None)
     with jax.named_scope("rope"):
         ropes: Ropes = {spec: rope_tables(spec, positions, config.max_model_len) for spec in specs}
-    run = partial(_stage, config, backend, params["layers"], axes)
+    run = partial(_stage, config, backend, params["layers"], params["final_norm"], axes)
     count = axes.micro_batches
     if count > 1 or axes.stage.size > 1:
         parts, size = cut(batch, count)
@@ -91,26 +91,26 @@ def forward_with_taps(
         part = lambda m: jax.tree.map(lambda a: a[m], (*per_token, parts)) if count > 1 else (x, ropes, batch)
         xs, own_ropes, own_batches = zip(*map(part, range(count)), strict=True)
         whole = lambda xs: uncut(jnp.stack(xs)) if count > 1 else xs[0]
-        xs, caches, states = run(xs, kv_caches, own_ropes, own_batches)
-        x, tapped = whole(xs), [whole(states[tap]) for tap in taps]
+        normed, caches, states = run(xs, kv_caches, own_ropes, own_batches)
+        hidden, tapped = whole(normed), [whole(states[tap]) for tap in taps]
     else:
         places = [_place_of(config, tap, axes.stage.size) for tap in taps]
 
         def one(x: Array, m: Array, is_real: Array, carry: tuple[list[Any], list[Array]]) -> tuple[Array, Any]:
             caches, tapped = carry
             own_ropes, own_batch = jax.tree.map(lambda a: a[m], (per_token[1], parts))
-            (x,), caches, states = run([x], caches, [own_ropes], [nothing(own_batch, is_real)])
+            _, caches, states = run([x], caches, [own_ropes], [nothing(own_batch, is_real)])
             at = jnp.where(is_real, m, count)
             own = [t.at[at].set(states[place][0], mode="drop") for t, (_, place) in zip(tapped, places, strict=True)]
-            return x, (caches, own)
+            return states[-1][0], (caches, own)
 
         x, (caches, tapped) = rotate(
             one, per_token[0], (kv_caches, [jnp.zeros_like(per_token[0])] * len(taps)), axes.stage
         )
         x = uncut(x)
         tapped = [axes.stage.only(uncut(t), stage) for t, (stage, _) in zip(tapped, places, strict=True)]
-    with jax.named_scope("final_norm"):
-        hidden = rms_norm(x, params["final_norm"], config.norm_eps)
+        with jax.named_scope("final_norm"):
+            hidden = rms_norm(x, params["final_norm"], config.norm_eps)
     return hidden, caches, tapped
 
 
@@ -123,18 +123,20 @@ def _place_of(config: ModelConfig, tap: int, stages: int) -> tuple[int, int]:
 
 
 def _stage(
-    config: ModelConfig, backend: Backend, layers: list[Params], axes: Axes,
+    config: ModelConfig, backend: Backend, layers: list[Params], final_norm: Array, axes: Axes,
     xs: Sequence[Array], kv_caches: list[Any], ropes: Sequence[Ropes], batches: Sequence[RaggedBatch],
 ) -> tuple[Sequence[Array], list[Any], list[Sequence[Array]]]:  # fmt: skip
-    """All layers of this device's stage, of which `layers` are the parameters. xs: each micro-batch's [T, D] -> same,
-    new caches, and what went into each layer and came out of the last.
+    """All layers of this device's stage, of which `layers` are the parameters. xs: each micro-batch's [T, D] -> what
+    comes out of the last layer, after the final norm; new caches; what went into each layer and came out of the last.
 
     Layer after layer takes one micro-batch after the other: while the devices add up one, they compute the next.
     """
     stages, caches, states = axes.stage.size, [], [xs]
-    for place, p, cache in zip(stage_layers(config.layers, stages), layers, kv_caches, strict=True):
-        if stages > 1:
-            p = jax.tree.map(lambda a: a[0], p)
+    if stages > 1:
+        layers = jax.tree.map(lambda a: a[0], layers)
+    norms = [*(p.get("attn_norm") for p in layers), final_norm]
+    normed = [_norm(config, x, norms[0]) for x in xs]
+    for place, p, norm, cache in zip(stage_layers(config.layers, stages), layers, norms[1:], kv_caches, strict=True):
         present = [i for i in place if i is not None]
         kinds = {config.layers[i]: attention_spec(config, i, axes.model.size) for i in present}
         order = list(kinds)
@@ -143,36 +145,41 @@ def _stage(
             of_stage = [order.index(config.layers[i]) if i is not None else 0 for i in place]
             which = jnp.array(of_stage, jnp.int32)[axes.stage.index()]
         following = []
-        for x, rope, batch in zip(xs, ropes, batches, strict=True):
+        for *both, rope, batch in zip(xs, normed, ropes, batches, strict=True):
             own = tuple(rope[kind.rope] if kind.rope is not None else None for kind in order)
-            x, cache = decoder_layer(config, tuple(kinds.items()), backend, axes, p, cache, x, own, batch, which)
-            following.append(x)
-        xs = following
+            both, cache = decoder_layer(
+                config, tuple(kinds.items()), backend, axes, p, norm, cache, both, own, batch, which
+            )
+            following.append(both)
+        xs, normed = zip(*following, strict=True)
         caches.append(cache)
         states.append(xs)
-    return xs, caches, states
+    return normed, caches, states
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced and lowered once for all layers that are alike; XLA inlines it
+@partial(jax.jit, static_argnums=(0, 1, 2))  # traced and lowered once for all layers that are alike; XLA inlines it
 def decoder_layer(
     config: ModelConfig,
     kinds: tuple[tuple[LayerSpec, AttentionSpec], ...],
     backend: Backend,
     axes: Axes,
     p: Params,
+    following: Array | None,
     kv_cache: Any,
-    x: Array,
+    both: Sequence[Array],
     ropes: tuple[Rope, ...],
     batch: RaggedBatch,
     which: Array | None,
-) -> tuple[Array, Any]:
+) -> tuple[tuple[Array, Array], Any]:
     """One layer of one of several kinds, `which` says of which: stages may differ where they compute side by side.
+
+    both: the residual [T, D] and the same as this layer's attention reads it -> as what follows does, after its norm
+    (`following`, its weight [D], if it has one), and the new cache.
 
     Each device has a part of the heads, widths or experts, and the sums over all of them are the only collectives.
     """
 
-    def norm(name: str, h: Array) -> Array:
-        return rms_norm(h, p[name], config.norm_eps) if name in p else h
+    norm = partial(_norm, config)
 
     def of_kind(parts: list[Callable[..., Any]], *operands: Any) -> Any:
         return parts[0](*operands) if which is None else jax.lax.switch(which, parts, *operands)
@@ -181,6 +188,15 @@ def decoder_layer(
         h = axes.model.sum(h)
         return h + p[bias][None] if bias in p else h
 
+    def add(x: Array, h: Array, bias: str, post: str, weight: Array | None) -> tuple[Array, Array]:
+        """-> the residual x with a block's output h, and its norm; in one kernel, where devices have a link for it."""
+        link = axes.model.link
+        if link is not None and weight is not None and not {bias, post} & p.keys() and link.supports_norm(h):
+            return link.sum_and_norm(h, x, weight, config.norm_eps)
+        x = x + norm(complete(h, bias), p.get(post))
+        return x, norm(x, weight)
+
+    x, normed = both
     with jax.named_scope("attention"):
         parts = [
             partial(
@@ -194,12 +210,17 @@ def decoder_layer(
             )
             for (layer, spec), rope in zip(kinds, ropes, strict=True)
         ]
-        h, kv_cache = of_kind(parts, kv_cache, norm("attn_norm", x), batch)
-        x = x + norm("attn_post_norm", complete(h, "out_bias"))
+        h, kv_cache = of_kind(parts, kv_cache, normed, batch)
+        x, normed = add(x, h, "out_bias", "attn_post_norm", p.get("mlp_norm"))
     with jax.named_scope("mlp"):
         parts = [partial(_mlp, config, layer, axes, p) for layer, _ in kinds]
-        h = of_kind(parts, norm("mlp_norm", x), batch)
-        return x + norm("mlp_post_norm", complete(h, "down_bias")), kv_cache
+        h = of_kind(parts, normed, batch)
+        return add(x, h, "down_bias", "mlp_post_norm", following), kv_cache
+
+
+def _norm(config: ModelConfig, x: Array, weight: Array | None) -> Array:
+    """-> x [T, D] after a norm, if there is one."""
+    return x if weight is None else rms_norm(x, weight, config.norm_eps)
 
 
 def gated_layer(

@@ -88,7 +88,10 @@ def advance(
     if drafter.config.method == "mtp":
         x = project(jnp.concatenate([norm(token, p["enorm"]), norm(seen, p["hnorm"])], axis=-1), p["eh_proj"])
         kinds = ((layer, spec),)
-        out, cache = decoder_layer(config, kinds, backend, ALONE, weights, caches[0], x, (rope,), batch, None)
+        both = x, norm(x, weights["attn_norm"])
+        (out, _), cache = decoder_layer(
+            config, kinds, backend, ALONE, weights, None, caches[0], both, (rope,), batch, None
+        )
     else:
         normed = norm(seen, p["hidden_norm"])
         x = jnp.concatenate([norm(token, weights["attn_norm"]), normed], axis=-1)

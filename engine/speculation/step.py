@@ -120,5 +120,5 @@ def speculating_step(
             drafter, config, backend, params, caches, outputs, hidden, tapped, tables.tokens, slots[row], positions,
             batch, slots, last, axes,
         )  # fmt: skip
-    state = DeviceState(kv_caches, page_table, tables, lengths, caches, outputs)
+    state = DeviceState(kv_caches, page_table, tables, lengths, caches, outputs, state.link)
     return state, StepOutput(out, None, Runs(run, count))

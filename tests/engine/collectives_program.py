@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +29,47 @@ from sharding.pipeline import rotate
 
 TINY = Path(__file__).parents[1] / "data" / "tiny" / "llama3"
 ROWS, PAGE, PAGES, LENGTH = 4, 16, 8, 64
+HALF = 64  # tokens from which on devices of one stage compute a half while they add up another
 
 
-def compiled(layers: int, tokens: int, mesh: str) -> dict[str, Any]:
+def step_of(
+    layers: int, tokens: int, mesh: str, custom_all_reduce: bool = False
+) -> tuple[StepLayout, Any, tuple[Any, ...]]:
+    """-> a step's layout, the step, and what it takes."""
     tensor, pipeline = map(int, mesh.split("x"))
     config = read_config(TINY)
     config = replace(config, layers=config.layers[:1] * layers)
-    layout = StepLayout(config, replica_meshes(jax.devices(), tensor, pipeline)[0])
+    layout = StepLayout(config, replica_meshes(jax.devices(), tensor, pipeline)[0], custom_all_reduce=custom_all_reduce)
     backend, shape = BACKENDS["xla"], StepShape(ROWS, tokens, plain=True)
     state = layout.state(backend, PAGES, PAGE, ("float32", "float32"), ROWS, LENGTH)
     run = jax.jit(StepLayout.step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-    arguments = layout.params("float32"), state, layout.flat(shape)
-    text = run.lower(layout, backend, PAGE, shape, *arguments).compile().as_text()
+    return layout, run, (layout, backend, PAGE, shape, layout.params("float32"), state, layout.flat(shape))
+
+
+def compiled(layers: int, tokens: int, mesh: str) -> dict[str, Any]:
+    layout, run, arguments = step_of(layers, tokens, mesh)
+    text = run.lower(*arguments).compile().as_text()
     found = [[*collective, count] for collective, count in collectives(text).items()]
-    return {"collectives": found, "turns": turns(text), "busy": busy(pipeline, layout)}
+    return {"collectives": found, "turns": turns(text), "busy": busy(layout.axes.stage.size, layout)}
+
+
+def linked(layers: int, tokens: int, mesh: str) -> dict[str, int]:
+    """-> how often a step of GPUs that reach each other's memory has a kernel, which are sums alone, and a psum."""
+    with mock.patch("engine.layout.has_link", lambda mesh: True):
+        _, run, arguments = step_of(layers, tokens, mesh, custom_all_reduce=True)
+        names = Counter(primitives(run.trace(*arguments).jaxpr.jaxpr))
+    return {"kernels": names["pallas_call"], "psums": names["psum"]}
+
+
+def primitives(jaxpr: Any) -> Iterator[str]:
+    """Yields the name of everything that a program does, but not of what its kernels do."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        if equation.primitive.name != "pallas_call":
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from primitives(inner)
 
 
 def busy(stages: int, layout: StepLayout) -> list[int]:
@@ -52,5 +82,8 @@ def busy(stages: int, layout: StepLayout) -> list[int]:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
+    mock.patch.dict("engine.layout.HALF_TOKENS", {"cpu": HALF}).start()
     cases = [case.split(",") for case in sys.argv[1:]]
-    json.dump([compiled(int(layers), int(tokens), mesh) for layers, tokens, mesh in cases], sys.stdout)
+    ways = {"compiled": compiled, "linked": linked}
+    found = [ways[way](int(layers), int(tokens), mesh) for way, layers, tokens, mesh in cases]
+    json.dump(found, sys.stdout)

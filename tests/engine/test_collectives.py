@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from engine.layout import has_link
 from tests.engine.processes import run_module
 
 LAYERS, STAGES = 2, 4
@@ -14,8 +17,10 @@ LAYERS, STAGES = 2, 4
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """What a step of two devices that share LAYERS exchanges, and one of STAGES with a layer each."""
-    cases = [f"{LAYERS},8,2x1", f"{STAGES},64,1x{STAGES}"]
+    """What a step of two devices that share LAYERS exchanges, and one of STAGES with a layer each; then two steps of
+    two devices with a link between them."""
+    cases = [f"compiled,{LAYERS},8,2x1", f"compiled,{STAGES},64,1x{STAGES}"]
+    cases += [f"linked,{LAYERS},8,2x1", f"linked,{LAYERS},128,2x1"]
     return run_module("tests.engine.collectives_program", *cases)
 
 
@@ -49,3 +54,36 @@ def test_stages_hand_each_micro_batch_on_once_and_are_idle_in_three_of_eleven_tu
     assert found["turns"] == 11  # of the compiled loop
     assert found["busy"] == [8, 8, 8, 8]
     assert 1 - 8 / found["turns"] == pytest.approx(0.273, abs=1e-3)
+
+
+def test_devices_with_a_link_sum_through_it_but_not_while_they_compute_another_half(compiled):
+    assert compiled[2] == {"kernels": 1 + 2 * LAYERS, "psums": 0}
+    assert compiled[3] == {"kernels": 0, "psums": 1 + 2 * 2 * LAYERS}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"platform": "tpu"}, False),
+        ({"compute_capability": "8.0"}, False),
+        ({"compute_capability": "10.0"}, True),
+        ({"nvlinks": 0}, False),
+        ({"model": 1}, False),
+        ({"model": 16}, False),
+        ({"processes": 2}, False),
+    ],
+)
+def test_gpus_of_one_process_with_nvlinks_have_a_link(monkeypatch, change, expected):
+    given: dict[str, Any] = dict(platform="gpu", compute_capability="9.0", nvlinks=18, model=2, processes=1) | change
+    devices = [
+        SimpleNamespace(
+            platform=given["platform"],
+            compute_capability=given["compute_capability"],
+            process_index=i % given["processes"],
+        )
+        for i in range(16)
+    ]
+    monkeypatch.setattr("sharding.topology.active_nvlinks", lambda _: given["nvlinks"])
+    mesh: Any = SimpleNamespace(devices=np.array(devices, object), shape={"stage": 1, "model": given["model"]})
+    assert has_link(mesh) == expected

@@ -8,7 +8,7 @@ from product_cases import QuantizedTensor
 
 from kernels.cuda import hopper_narrow, hopper_packed, vector
 from kernels.cuda.matrix import SHARED_MEMORY, Tile
-from kernels.cuda.product import BLOCK, CHANNEL, PACKED, Plan, kind_of, on_hopper
+from kernels.cuda.product import BLOCK, CHANNEL, PACKED, THIN, Plan, kind_of, on_hopper
 
 REGISTERS = 255  # of a thread
 FIELDS = ("columns", "splits", "warps", "depth", "stages", "swapped")  # of a tile, in the order of their weight
@@ -43,7 +43,7 @@ def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
     kind, N, K = kind_of(weight), weight.values.shape[0], weight.inputs
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
     tile = Tile(rows, 64, 128) if rows <= 64 else Tile(rows, 128, 128, warps=8, stages=3)
-    found = [default, Plan("triton", tile)]
+    found = [default, Plan("triton", tile), *([Plan("triton", tile._replace(splits=4))] if M <= THIN else [])]
     if M <= vector.MOST_TOKENS and vector.supports(weight) is None:
         found.append(Plan("vector", Tile(1, 8, 1024, stages=1)))
     if kind == BLOCK and M <= 16:

@@ -24,9 +24,10 @@ from typing import Any
 
 import jax
 from machine import copy_bandwidth, matmul_rate
+from model_options import add_model_options, model_settings
 
 from engine import LLM, SamplingParams
-from engine.bench.shapes import SHAPES, write_shape
+from engine.bench.shapes import SHAPES
 from engine.config import make_config
 from engine.memory import limit_gpu_pool
 
@@ -111,7 +112,6 @@ def run(llm: LLM, work: Workload) -> float:
 
 def drafting(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """-> speculative_config; `folder` gets the config of a model of --draft-shape with the vocabulary of --shape."""
-    folder.mkdir()
     draft = SHAPES[options.draft_shape] | {"vocab_size": SHAPES[options.shape]["vocab_size"]}
     (folder / "config.json").write_text(json.dumps(draft))
     return dict(
@@ -122,9 +122,7 @@ def drafting(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model")
-    which.add_argument("--shape", choices=SHAPES)
+    add_model_options(parser)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--repeat", type=int, default=3)
@@ -140,13 +138,10 @@ def main() -> None:
     limit_gpu_pool(make_config(model=options.model or options.shape, **settings))  # before anything touches the GPU
     bandwidth, rate = copy_bandwidth(), matmul_rate()
     started = time.perf_counter()
-    if options.shape:
-        with tempfile.TemporaryDirectory() as folder:
-            if options.draft_shape:
-                settings["speculative_config"] = drafting(options, Path(folder) / "draft")
-            llm = LLM(**write_shape(options.shape, Path(folder)), **settings)
-    else:
-        llm = LLM(options.model, **settings)
+    with tempfile.TemporaryDirectory() as scratch, model_settings(options) as model:
+        if options.draft_shape:
+            settings["speculative_config"] = drafting(options, Path(scratch))
+        llm = LLM(**model, **settings)
     ready = time.perf_counter() - started
     report: dict[str, Any] = {
         "model": options.shape or options.model, "attention": llm.core.runner.backend.name, "startup_s": ready,

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from bench_offline import SHAPES
+from model_options import add_model_options, model_settings
 from tqdm import tqdm
 
 from engine import LLM, SamplingParams
@@ -68,9 +67,7 @@ def tokens_per_second(llm: LLM, count: int, wish: dict[str, Any], source: random
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model")
-    which.add_argument("--shape", choices=SHAPES)
+    add_model_options(parser)
     parser.add_argument("--rows", default="8,64,256")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -83,11 +80,8 @@ def main() -> None:
     if jax.devices()[0].platform != "cpu":
         report["differing_rows"] = differing_rows()
         print(f"{report['differing_rows']} of 256 rows got another token than on the CPU", flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        if options.shape:
-            (Path(scratch) / "config.json").write_text(json.dumps(SHAPES[options.shape]))
-            settings["load_format"] = "dummy"
-        llm = LLM(options.model or scratch, **settings)
+    with model_settings(options) as model:
+        llm = LLM(**model, **settings)
     source = random.Random(0)
     for name, wish in tqdm(WISHES.items(), disable=None):
         best = [max(tokens_per_second(llm, n, wish, source) for _ in range(options.repeat)) for n in rows]

@@ -1,12 +1,15 @@
 """Serve a tiny model from several processes on this machine, and see that it answers as one, and what ends it.
 
-python scripts/check_hosts.py [--processes 2] [--requests 200] [--scenarios same,follower,leader,mismatch,drop,sigterm]
+python scripts/check_hosts.py [--processes 2] [--requests 200] [--scenarios same,drafts,follower,leader,...]
+
+drafts: with random weights, and drafts by an EAGLE-3 head, an MTP layer and a draft model, against one process without.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import secrets
@@ -17,14 +20,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "tests/data/tiny/llama3"
+SCENARIOS = "same,drafts,follower,leader,mismatch,drop,sigterm"
 SMALL = "--skip-tokenizer-init --max-num-seqs 2 --max-num-batched-tokens 16 --max-model-len 128 --block-size 16"
 
 
@@ -36,7 +41,11 @@ def free_port() -> int:
 class Servers:
     """The processes of one engine: their output goes to files of a folder."""
 
-    def __init__(self, folder: Path, count: int, *, extra: dict[int, str] | None = None, proxied: int | None = None):
+    def __init__(
+        self, folder: Path, count: int, *, shared: Sequence[str] = (), extra: dict[int, str] | None = None,
+        proxied: int | None = None,
+    ):  # fmt: skip
+        """`shared`: further flags of all processes, `extra`: of some; `proxied`: which one's connection can be cut."""
         secret = folder / "secret"
         secret.write_text(secrets.token_hex())
         self.port, coordinator, control, proxy = (free_port() for _ in range(4))
@@ -48,7 +57,7 @@ class Servers:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         for i in range(count):
             command = [sys.executable, "-m", "engine.serve", "--model", str(MODEL), *SMALL.split()]
-            command += ["--host", "127.0.0.1", "--port", str(self.port), "--num-gpu-blocks-override", "24"]
+            command += ["--host", "127.0.0.1", "--port", str(self.port), "--num-gpu-blocks-override", "24", *shared]
             if count > 1:
                 here = proxy if i == proxied else control
                 command += f"--tensor-parallel-size {count} --num-processes {count} --process-id {i}".split()
@@ -133,15 +142,43 @@ def servers(folder: Path, count: int, **options) -> Iterator[Servers]:
         made.close()
 
 
-def answers(folder: Path, count: int, prompts: list[list[int]]) -> list[str]:
-    """-> what so many processes answer to all prompts, eight of which are asked at a time."""
-    with servers(folder, count) as group:
+def answers(folder: Path, count: int, prompts: list[list[int]], **options: Any) -> tuple[list[str], str]:
+    """-> what so many processes answer to all prompts, eight of which are asked at a time, and their /metrics."""
+    with servers(folder, count, **options) as group:
         group.wait_until_ready()
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(group.ask, prompts))
         failed = [response.text for response in found if response.status_code != 200]
         assert not failed, failed[0]
-        return [str(response.json()["choices"][0]["logprobs"]["tokens"]) for response in found]
+        told = httpx.get(group.url + "/metrics").text
+        return [str(response.json()["choices"][0]["logprobs"]["tokens"]) for response in found], told
+
+
+def drafters(folder: Path) -> dict[str, dict[str, Any]]:
+    """-> settings of each method that drafts with parameters of its own; a head's config.json is in the folder."""
+    head = json.loads((MODEL / "config.json").read_text())
+    head |= dict(architectures=["LlamaForCausalLMEagle3"], num_hidden_layers=1, draft_vocab_size=100)
+    head |= dict(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]})
+    (folder / "eagle3").mkdir()
+    (folder / "eagle3" / "config.json").write_text(json.dumps(head))
+    methods: dict[str, dict[str, Any]] = {"eagle3": {"model": str(folder / "eagle3")}, "mtp": {}}
+    return methods | {"draft_model": {"model": str(MODEL)}}
+
+
+def with_drafts(folder: Path, count: int, prompts: list[list[int]]) -> Iterator[str]:
+    """Yields what comes of each method."""
+    dummy = ["--load-format", "dummy"]
+    one, _ = answers(folder, 1, prompts, shared=dummy)
+    for method, own in drafters(folder).items():
+        config = dict(method=method, num_speculative_tokens=3, adaptive=False) | own
+        found, told = answers(folder, count, prompts, shared=[*dummy, "--speculative-config", json.dumps(config)])
+        same = sum(a == b for a, b in zip(one, found, strict=True))
+        counted = [sum_of(told, f"spec_decode_num_{name}_tokens_total") for name in ("accepted", "draft")]
+        yield f"{method}: {same} of {len(prompts)} alike, {counted[0]:.0f} of {counted[1]:.0f} drafts right"
+
+
+def sum_of(metrics: str, name: str) -> float:
+    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(f"quire:{name}"))
 
 
 def disturbed(folder: Path, count: int, disturb: Callable[[Servers], None], **options) -> str:
@@ -171,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--scenarios", default="same,follower,leader,mismatch,drop,sigterm")
+    parser.add_argument("--scenarios", default=SCENARIOS)
     options = parser.parse_args()
     count, wanted = options.processes, options.scenarios.split(",")
     draw = random.Random(7)
@@ -180,10 +217,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "same" in wanted:
-            same = sum(
-                a == b for a, b in zip(answers(folder, 1, prompts), answers(folder, count, prompts), strict=True)
-            )
+            (one, _), (found, _) = answers(folder, 1, prompts), answers(folder, count, prompts)
+            same = sum(a == b for a, b in zip(one, found, strict=True))
             print(f"{count} processes: {same} of {len(prompts)} answers are those of one process", flush=True)
+        if "drafts" in wanted:
+            for line in with_drafts(folder, count, prompts):
+                print(f"{count} processes, drafts by {line}", flush=True)
         if "follower" in wanted:
             print("a follower is killed:", disturbed(folder, count, kill(count - 1)), flush=True)
         if "leader" in wanted:

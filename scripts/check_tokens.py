@@ -10,35 +10,32 @@ before, between what the backends give as one token's log-probability. Anything 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
+from model_options import add_model_options, model_settings
+
 from engine import LLM, RequestOutput, SamplingParams
-from engine.bench.shapes import SHAPES
 from engine.config import make_config
 from engine.memory import limit_gpu_pool
 
 TIE = 2.0  # both log-probabilities may be off, each in its direction
 LENGTHS = (5, 17, 64, 130, 500, 1111, 2047, 3000)
 SETTINGS: dict[str, Any] = dict(
-    max_model_len=4096, max_num_seqs=8, max_num_batched_tokens=1024, kv_cache_memory_bytes=4 << 30, load_format="dummy"
-)
+    max_model_len=4096, max_num_seqs=8, max_num_batched_tokens=1024, kv_cache_memory_bytes=4 << 30,
+    skip_tokenizer_init=True,
+)  # fmt: skip
 
 
-def answers(folder: str, backend: str, prompts: list[Any], settings: dict[str, Any]) -> list[RequestOutput]:
-    llm = LLM(folder, attention_backend=backend, **settings)
+def answers(model: dict[str, Any], backend: str, prompts: list[Any]) -> list[RequestOutput]:
+    llm = LLM(**model, attention_backend=backend, **SETTINGS)
     return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, logprobs=5))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model")
-    which.add_argument("--shape", choices=SHAPES)
+    add_model_options(parser)
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args()
     limit_gpu_pool(make_config(model="any"))
@@ -46,12 +43,8 @@ def main() -> None:
     draw = lambda count: [source.randrange(1000, 30000) for _ in range(count)]
     shared = draw(700)
     prompts = [{"prompt_token_ids": (shared if i % 2 else []) + draw(length)} for i, length in enumerate(LENGTHS)]
-    settings = SETTINGS | ({"skip_tokenizer_init": True, "load_format": "auto"} if options.model else {})
-    with tempfile.TemporaryDirectory() as scratch:
-        if options.shape:
-            (Path(scratch) / "config.json").write_text(json.dumps(SHAPES[options.shape]))
-        folder = options.model or scratch
-        plain, other = (answers(folder, name, prompts, settings) for name in ("xla", options.backend))
+    with model_settings(options) as model:
+        plain, other = (answers(model, name, prompts) for name in ("xla", options.backend))
     partings, noise = [], 0.0
     for ours, theirs in zip(other, plain, strict=True):
         tokens, wanted = ours.outputs[0].token_ids, theirs.outputs[0].token_ids

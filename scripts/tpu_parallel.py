@@ -17,9 +17,8 @@ from jax.experimental import topologies
 from tpu_steps import LENGTH, PAGE, PAGES, StepShape, compile_step, from_hugging_face
 
 from engine.bench.shapes import SHAPES
-from engine.layout import OTHER_MICRO_TOKENS
+from engine.layout import StepLayout
 from engine.models.config import ModelConfig
-from engine.models.pipeline import micro_batches
 from sharding.mesh import replica_meshes
 
 GIB = 1 << 30
@@ -88,7 +87,7 @@ def main() -> None:
         for step, shape in STEPS.items():
             if options.step not in (None, step):
                 continue
-            micro = micro_batches(shape.tokens, OTHER_MICRO_TOKENS) if case.stages > 1 else 1
+            micro = StepLayout(config, mesh, case.experts).step_axes(shape).micro_batches
             compiled, seconds = compile_step(config, mesh, shape, case.experts)
             text, memory = compiled.as_text(), compiled.memory_analysis()
             if options.text:

@@ -32,6 +32,11 @@ def define_engine(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("shape", None, list(SHAPES), text, flag_values=values)
 
 
+def define_output(values: flags.FlagValues) -> None:
+    """Define where `write_figures` writes."""
+    flags.DEFINE_string("output_json", None, "Write the figures here.", flag_values=values)
+
+
 def engine_settings(values: flags.FlagValues, folder: Path) -> dict[str, Any]:
     """-> arguments for LLM; `folder` is for a shape's files and must outlive it. Errors: ValueError."""
     if values.shape is not None:
@@ -67,7 +72,7 @@ def define_latency(values: flags.FlagValues) -> None:
 def _define_common(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("n", 1, "Completions of each prompt.", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("profile", False, "Write a profiler trace into --profile-dir.", flag_values=values)
-    flags.DEFINE_string("output_json", None, "Write the figures here.", flag_values=values)
+    define_output(values)
 
 
 def throughput(values: flags.FlagValues) -> None:
@@ -87,7 +92,7 @@ def throughput(values: flags.FlagValues) -> None:
     print("Throughput: {:.2f} requests/s, {:.2f} total tokens/s, {:.2f} output tokens/s".format(*rates))
     print(f"Total num prompt tokens:  {figures['total_prompt_tokens']}")
     print(f"Total num output tokens:  {figures['total_output_tokens']}")
-    _write(values.output_json, figures)
+    write_figures(values, figures)
 
 
 def generate(llm: LLM, samples: list[Sample], n: int, *, profile: bool = False) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def latency(values: flags.FlagValues) -> None:
     print(f"Avg latency: {average:.4f} seconds")
     for percentile, value in percentiles.items():
         print(f"{percentile}% percentile latency: {value:.4f} seconds")
-    _write(values.output_json, {"avg_latency": average, "latencies": latencies, "percentiles": percentiles})
+    write_figures(values, {"avg_latency": average, "latencies": latencies, "percentiles": percentiles})
 
 
 def _warm_up(llm: LLM) -> None:
@@ -158,6 +163,7 @@ def _params(length: int, n: int) -> SamplingParams:
     return SamplingParams(temperature=0 if n == 1 else 1, n=n, max_tokens=length, ignore_eos=True, seed=0)
 
 
-def _write(path: str | None, figures: dict[str, Any]) -> None:
-    if path is not None:
-        Path(path).write_text(json.dumps(figures, indent=1))
+def write_figures(values: flags.FlagValues, figures: dict[str, Any]) -> None:
+    """Write what was measured to --output-json, if it is given."""
+    if values.output_json is not None:
+        Path(values.output_json).write_text(json.dumps(figures, indent=1))

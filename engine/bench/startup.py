@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from engine.bench.offline import PERCENTILES, define_engine, engine_settings
+from engine.bench.offline import PERCENTILES, define_engine, define_output, engine_settings, write_figures
 
 PURPOSE = "how long a process takes to be ready, with an empty compile cache and with a warm one"
 
@@ -32,7 +32,7 @@ def define(values: flags.FlagValues) -> None:
     integer("num_iters_cold", 3, "Starts with an empty compile cache.", lower_bound=1, flag_values=values)
     integer("num_iters_warmup", 0, "Starts with a warm cache that do not count.", lower_bound=0, flag_values=values)
     integer("num_iters_warm", 3, "Starts with a warm cache.", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("output_json", None, "Write the figures here.", flag_values=values)
+    define_output(values)
 
 
 def seconds_to_ready(settings: dict[str, Any]) -> float:
@@ -69,5 +69,4 @@ def main(values: flags.FlagValues) -> None:
         shown = np.percentile(times, PERCENTILES).tolist()
         figures[f"{name}_startup_percentiles"] = dict(zip(PERCENTILES, shown, strict=True))
         print(f"{name}: {np.mean(times):.1f} s on average, {min(times):.1f} s at best, of {len(times)} starts")
-    if values.output_json is not None:
-        Path(values.output_json).write_text(json.dumps(figures, indent=1))
+    write_figures(values, figures)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +16,26 @@ import numpy as np
 
 from engine.models.config import ModelConfig
 from engine.models.families import Family
-from engine.models.narrow_placement import Narrow, Pieces, PlacedArray, map_stored, narrowed, stored_as
+from engine.models.narrow_placement import Narrow, Pieces, map_stored, narrowed, stored_as
 from engine.models.params import Params
-from engine.models.placement import Path, Placed, whole
+from engine.models.placement import Placed, whole
 from engine.models.read import from_gguf, from_hugging_face
 from engine.weights.assemble import check_tensors, recipes
+from engine.weights.fill import Filler
 from engine.weights.gguf import open_gguf
 from engine.weights.kv_scales import KVScales, split_scales
 from engine.weights.methods import with_method
 from engine.weights.mxfp4 import MicroscaledTensor
 from engine.weights.names import GGUF, HF
-from engine.weights.narrow_parts import merge_rows, narrow_part, parts_of_piece
-from engine.weights.narrow_tensors import Packed
 from engine.weights.orbax import OrbaxCheckpoint, is_orbax, open_orbax, restore
-from engine.weights.packed import expanded, is_packed
-from engine.weights.part import Part
-from engine.weights.place import place
+from engine.weights.packed import is_packed
 from engine.weights.quantization import Quantization, choose_quantization
 from engine.weights.safetensors import open_safetensors
-from engine.weights.shards import Arrivals, Shard, aligned
+from engine.weights.shards import Arrivals
 from engine.weights.stored import StoredTensor, read_all
 from engine.weights.stream import Streamer
-from kernels.quantized import QuantizedTensor
 
 WIDE = Quantization()
-PartsOf = Callable[[Path], Sequence[Part]]  # a parameter's path -> what it is made of
 
 
 @dataclass(frozen=True)
@@ -129,50 +124,9 @@ def load_params(
             raise ValueError(f"{checkpoint.source}: {name} is of {tensors[name].dtype}, which is no type of weights")
     parts_by_path = {recipe.path: recipe.parts for recipe in made}
     largest = max(math.prod(tensor.shape) for tensor in tensors.values()) * jnp.dtype(dtype).itemsize
-    arrivals = Arrivals(2 * largest)
-    readable = lambda part: _readable(tensors[part.tensor])
-
     with Streamer() as streamer:
-
-        def wide(placed: Placed, parts_of: PartsOf) -> jax.Array:
-            def fill(shards: Sequence[Shard]) -> None:
-                boxes = [box for shard in shards for box in _boxes(placed, shard)]
-                made = [(part, place(part, *box.memory)) for box in boxes for part in parts_of(box.path)]
-                streamer.fill([(readable(part), placement) for part, placement in made if placement])
-                for box in boxes:
-                    box.settle()
-
-            return arrivals.make(placed.shape, placed.spec.dtype or dtype, placed.sharding, fill)
-
-        def packed(node: Narrow, parts_of: PartsOf) -> QuantizedTensor:
-            layout, arrays = node.storage.layout, {}
-            names = {part.tensor for path in node.wide.sources if path is not None for part in parts_of(path)}
-            stored = {name: tensors[name].arrays(layout) for name in names}  # type: ignore[attr-defined]
-            for array in node.arrays:
-
-                def fill(shards: Sequence[Shard], array: PlacedArray = array) -> None:
-                    boxes = [box for shard in shards for box in _boxes(array, shard, array.rows)]
-                    placed = [
-                        (part, place(narrow_part(part, node.parameter, array.source_width), *box.memory))
-                        for box in boxes
-                        for part in parts_of(box.path)
-                    ]
-                    streamer.fill([(stored[part.tensor][array.name], at) for part, at in placed if at])
-                    for box in boxes:
-                        box.settle(f"{checkpoint.source}: {parts_of(box.path)[0].tensor}")
-
-                arrays[array.name] = arrivals.make(array.shape, array.dtype, array.sharding, fill)
-            return QuantizedTensor(layout, **arrays)
-
-        def one(node: Placed | Narrow | Pieces, parts_of: PartsOf = parts_by_path.__getitem__) -> Any:
-            if isinstance(node, Placed):
-                return wide(node, parts_of)
-            if isinstance(node, Narrow):
-                return narrowed(wide(node.wide, parts_of), node) if quantization.online else packed(node, parts_of)
-            own = lambda i: lambda path: parts_of_piece(parts_of(path), node.how, i)
-            return node.joined([one(piece, own(i)) for i, piece in enumerate(node.pieces)])
-
-        return map_stored(one, stored)
+        filler = Filler(checkpoint.source, tensors, dtype, quantization.online, Arrivals(2 * largest), streamer)
+        return map_stored(lambda node: filler.make(node, parts_by_path.__getitem__), stored)
 
 
 def _narrow_in_place(wide: Params, stored: Params) -> Params:
@@ -198,43 +152,3 @@ def quantization_of(
     tensors = checkpoint.tensors
     check_tensors(checkpoint.source, checkpoint.config, made, {name: t.shape for name, t in tensors.items()})
     return choose_quantization(setting, checkpoint.method, made, tensors, checkpoint.config, platform, dtype)
-
-
-def _readable(tensor: StoredTensor) -> StoredTensor:
-    """-> the tensor, such that runs of it can be read quickly."""
-    return expanded(tensor) if isinstance(tensor, Packed) else tensor
-
-
-class _Box(NamedTuple):
-    """Memory for a box of a parameter, and the part of a shard that it is for, unless it is that part already.
-
-    `rows`: how many neighbours along the last but one axis of the memory share an entry of the shard.
-    """
-
-    path: Path
-    memory: Shard
-    target: np.ndarray | None
-    rows: int
-
-    def settle(self, source: str = "") -> None:
-        """Errors: ValueError that names the source, if rows differ that are to share an entry."""
-        if self.target is not None:
-            array = self.memory.array
-            made = merge_rows(array, self.rows, source) if self.rows > 1 else array
-            self.target[...] = made.reshape(self.target.shape)
-
-
-def _boxes(placed: Placed | PlacedArray, shard: Shard, rows: int = 1) -> Iterator[_Box]:
-    """Yields what a shard is made of; what no box fills is zero from now on. A shard of one box is filled in place."""
-    array, corner = shard
-    pieces = list(placed.pieces(corner, array.shape))
-    if rows == 1 and len(pieces) == 1 and not placed.stacked and array[pieces[0].at].shape == array.shape:
-        yield _Box(pieces[0].path, Shard(array, pieces[0].corner), None, rows)
-        return
-    array[...] = 0
-    for path, start, at in pieces:
-        target = array[at]
-        size = list(target.shape[1:] if placed.stacked else target.shape)
-        if rows > 1:  # by output first: parts' blocks of scales may end anywhere
-            size[-2], start = size[-2] * rows, (*start[:-2], start[-2] * rows, start[-1])
-        yield _Box(path, Shard(aligned(size, array.dtype), start), target, rows)

@@ -18,16 +18,18 @@ TINY = Path(__file__).parents[1] / "data" / "tiny"
 
 def answers(folder: str, mesh: str) -> dict:
     from engine import LLM, SamplingParams, layout
+    from tests.engine.buckets import few_buckets
 
     layout.HALF_TOKENS = {"cpu": 4} if mesh.endswith("h") else {}
     tensor, pipeline, data = map(int, mesh.rstrip("eh").split("x"))
     has_weights = (TINY / folder / "model.safetensors").exists()
-    llm = LLM(
-        model=str(TINY / folder), load_format="auto" if has_weights else "dummy", skip_tokenizer_init=True,
-        max_num_seqs=2, max_num_batched_tokens=16, max_model_len=128, num_gpu_blocks_override=24, block_size=16,
-        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data,
-        enable_expert_parallel=mesh.endswith("e"),
-    )  # fmt: skip
+    with few_buckets(decodes=True):
+        llm = LLM(
+            model=str(TINY / folder), load_format="auto" if has_weights else "dummy", skip_tokenizer_init=True,
+            max_num_seqs=2, max_num_batched_tokens=16, max_model_len=128, num_gpu_blocks_override=24, block_size=16,
+            tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data,
+            enable_expert_parallel=mesh.endswith("e"),
+        )  # fmt: skip
     prompts = json.loads((TINY / folder / "goldens.json").read_text())["prompts"][:3]
     given = [{"prompt_token_ids": prompt} for prompt in [*prompts, prompts[0]]]  # the last finds a prefix
     greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

@@ -14,6 +14,7 @@ import pytest
 from engine import LLM, RequestOutput, SamplingParams
 from engine.pages import PagePool
 from engine.scheduler import Scheduler
+from tests.engine.buckets import few_buckets
 
 CASES = json.loads((pathlib.Path(__file__).parent.parent / "data/smollm2_goldens.json").read_text("utf-8"))["cases"]
 SMALL_GAP = 1e-3  # where the reference's first two logits are closer, either token is right
@@ -182,10 +183,11 @@ def test_preemption_changes_no_token(llm, alone, monkeypatch, prefix_cache):
 
 
 def test_an_engine_made_small_changes_no_token(smollm2_gguf, alone):
-    """The limits of the tests above, but as a user sets them: other shapes, other executables."""
-    small = LLM(
-        model=str(smollm2_gguf), max_model_len=160, block_size=PAGE_SIZE,
-        max_num_seqs=4, max_num_batched_tokens=16, num_gpu_blocks_override=10, enable_prefix_caching=False,
-    )  # fmt: skip
+    """The limits of the tests above, but as settings, and all of it in one executable, which is none of theirs."""
+    with few_buckets():
+        small = LLM(
+            model=str(smollm2_gguf), max_model_len=160, block_size=PAGE_SIZE,
+            max_num_seqs=4, max_num_batched_tokens=16, num_gpu_blocks_override=10, enable_prefix_caching=False,
+        )  # fmt: skip
     assert token_ids(ask(small)) == alone
     assert small.get_metrics().num_preemptions > 0

@@ -5,12 +5,14 @@ python -m tests.engine.hosts.llm_program SETTINGS CASE prints a JSON object of w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 from typing import Any
 
 from engine import LLM, RequestError, SamplingParams
+from tests.engine.buckets import few_buckets
 
 PROMPTS: Any = [[5, 6, 7], [9] * 20, [1, 2, 3, 4], [9] * 20]
 
@@ -50,10 +52,11 @@ def short(llm: LLM, process_id: int) -> None:
 
 def main() -> None:
     settings, case = json.loads(sys.argv[1]), sys.argv[2]
-    llm = LLM(
-        load_format="dummy", skip_tokenizer_init=True, max_num_seqs=1, max_num_batched_tokens=16, max_model_len=128,
-        num_gpu_blocks_override=24, block_size=16, **settings,
-    )  # fmt: skip
+    with contextlib.nullcontext() if case == "alike" else few_buckets():
+        llm = LLM(
+            load_format="dummy", skip_tokenizer_init=True, max_num_seqs=1, max_num_batched_tokens=16, max_model_len=128,
+            num_gpu_blocks_override=24, block_size=16, **settings,
+        )  # fmt: skip
     if case == "alike":
         print(json.dumps(alike(llm)))
     else:

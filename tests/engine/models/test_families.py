@@ -10,7 +10,7 @@ import pytest
 
 from engine import LLM, SamplingParams
 from engine.models.families import FAMILIES
-from engine.step_input import StepShape
+from tests.engine.buckets import few_buckets
 
 TINY = pathlib.Path(__file__).parents[2] / "data" / "tiny"
 GOLDENS = sorted(TINY.glob("*/goldens*.json"))
@@ -23,20 +23,14 @@ def test_every_family_has_a_tiny_model():
     assert architectures == {family.architecture for family in FAMILIES}
 
 
-@pytest.fixture
-def one_step_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile one step for whatever there is to do: most of such a test's time would be compiling."""
-    monkeypatch.setattr("engine.compiler.step_shapes", lambda rows, tokens: [StepShape(rows, tokens)])
-
-
-@pytest.mark.usefixtures("one_step_shape")
 @pytest.mark.parametrize("file", GOLDENS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_logprobs_and_greedy_tokens_are_those_of_transformers(file: pathlib.Path):
     goldens = json.loads(file.read_text())
-    llm = LLM(
-        model=str(file.parent), skip_tokenizer_init=True, max_model_len=goldens.get("max_model_len"),
-        max_num_seqs=3, max_num_batched_tokens=16,  # prompts come in chunks, among each other's answers
-    )  # fmt: skip
+    with few_buckets():
+        llm = LLM(
+            model=str(file.parent), skip_tokenizer_init=True, max_model_len=goldens.get("max_model_len"),
+            max_num_seqs=3, max_num_batched_tokens=16,  # prompts come in chunks, among each other's answers
+        )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=len(goldens["answers"][0]), prompt_logprobs=0)
     outputs = llm.generate(goldens["prompts"], params, use_tqdm=False)
     for output, expected in zip(outputs, goldens["logprobs"], strict=True):

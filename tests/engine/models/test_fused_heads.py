@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 
 from engine import LLM, SamplingParams
-from engine.step_input import StepShape
 from kernels.attention import BACKENDS
 from kernels.cuda.attention import attend_product, update_and_attend
+from tests.engine.buckets import few_buckets
 
 TINY = pathlib.Path(__file__).parents[2] / "data" / "tiny"
 
@@ -26,11 +26,11 @@ def test_a_models_tokens_do_not_depend_on_the_backend(family: str, monkeypatch: 
         attend_product=partial(attend_product, **options),
     )
     monkeypatch.setitem(BACKENDS, "interpreted", interpreted)
-    monkeypatch.setattr("engine.compiler.step_shapes", lambda rows, tokens: [StepShape(rows, tokens)])
     goldens = json.loads((TINY / family / "goldens.json").read_text())
-    llm = LLM(
-        model=str(TINY / family), skip_tokenizer_init=True, max_num_seqs=3, max_num_batched_tokens=16,
-        attention_backend="interpreted",
-    )  # fmt: skip
+    with few_buckets():
+        llm = LLM(
+            model=str(TINY / family), skip_tokenizer_init=True, max_num_seqs=3, max_num_batched_tokens=16,
+            attention_backend="interpreted",
+        )  # fmt: skip
     outputs = llm.generate(goldens["prompts"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == [answer[:8] for answer in goldens["answers"]]

@@ -23,6 +23,7 @@ from engine.speculative_config import SpeculativeConfig
 from engine.weights.load import load_params, open_checkpoint
 from kernels.attention import BACKENDS, RaggedBatch
 from sharding.axes import ALONE
+from tests.engine.buckets import few_buckets
 from tests.engine.speculation import folders
 from tests.engine.speculation.layouts import Eagle3, Mtp, Target, Tensors, drafts
 
@@ -223,7 +224,8 @@ def speculating(folder: pathlib.Path, spec: SpeculativeConfig, rows: int) -> LLM
     config = {"method": spec.method, "num_speculative_tokens": K, "adaptive": False}
     if spec.model is not None:
         config["model"] = spec.model
-    return LLM(
-        str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=rows,
-        max_num_batched_tokens=16, speculative_config=config,
-    )  # fmt: skip
+    with few_buckets():
+        return LLM(
+            str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=rows,
+            max_num_batched_tokens=16, speculative_config=config,
+        )  # fmt: skip

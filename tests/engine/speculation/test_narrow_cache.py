@@ -13,15 +13,17 @@ from engine.speculation.checkpoint import open_draft
 from engine.speculation.speculator import Speculator
 from engine.speculative_config import SpeculativeConfig
 from engine.weights.load import open_checkpoint
+from tests.engine.buckets import few_buckets
 from tests.engine.test_kv_scales import TINY, scaled_folder
 
 
 def test_a_draft_model_in_int8_is_as_right_as_the_model_that_it_is(monkeypatch: pytest.MonkeyPatch):
     config = dict(method="draft_model", model=str(TINY / "qwen3"), num_speculative_tokens=2, adaptive=False)
-    llm = LLM(
-        str(TINY / "qwen3"), skip_tokenizer_init=True, dtype="float32", kv_cache_dtype="int8", max_model_len=64,
-        max_num_seqs=1, max_num_batched_tokens=16, speculative_config=config,
-    )  # fmt: skip
+    with few_buckets():
+        llm = LLM(
+            str(TINY / "qwen3"), skip_tokenizer_init=True, dtype="float32", kv_cache_dtype="int8", max_model_len=64,
+            max_num_seqs=1, max_num_batched_tokens=16, speculative_config=config,
+        )  # fmt: skip
     assert llm.core.runner.state.draft_caches[0].k.dtype == jnp.int8
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, detokenize=False)
     answer = lambda: llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)[0].outputs[0]

@@ -25,7 +25,7 @@ STEP_SECONDS = 0.01
 
 def load() -> Replicas:
     engine = start(EngineConfig(
-        model=str(MODEL), skip_tokenizer_init=True, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=128,
+        model=str(MODEL), skip_tokenizer_init=True, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=256,
         block_size=16, num_gpu_blocks_override=24, data_parallel_size=2,
     ))  # fmt: skip
     assert isinstance(engine, Replicas)

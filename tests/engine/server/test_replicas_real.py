@@ -18,6 +18,7 @@ from tests.engine.server.replicas_server import BROKEN
 # Without a tokenizer there is no text, and log-probabilities name the tokens.
 LONG: dict[str, Any] = {"max_tokens": 100, "temperature": 0, "ignore_eos": True, "logprobs": 0}
 SHORT = LONG | {"max_tokens": 8}
+ENDLESS = LONG | {"max_tokens": 250}  # 2.5 s at least: nobody waits for its end
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def test_requests_are_spread_and_aborted_and_those_that_run_may_finish():
         assert sum(done) == 2 * 8 * 8
         assert min(done) > 8
 
-        with server.stream(prompt=[1, 2], **LONG) as one, server.stream(prompt=[3, 4], **LONG) as other:
+        with server.stream(prompt=[1, 2], **ENDLESS) as one, server.stream(prompt=[3, 4], **ENDLESS) as other:
             assert all(next(stream.iter_text()) for stream in (one, other))
             assert of_each(server, "num_requests_running") == [1, 1]
         wait_until(lambda: of_each(server, "num_requests_running") == [0, 0])  # their clients have gone

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "s64": 8}
+OF_JAX = ("while", "body", "closed_call", "eval_jaxpr", "shard_map")  # scopes that no part of a step is called
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -66,7 +67,7 @@ def size_of(shape: str) -> int:
 def _scope(name: str) -> str:
     """-> of an operation's full name the last part but the operation itself that names a scope of the step's."""
     inner = [part for part in name.split("/")[:-1] if re.fullmatch(r"[a-z_]+", part)]
-    return next((part for part in reversed(inner) if part not in ("while", "body", "closed_call", "shard_map")), "")
+    return next((part for part in reversed(inner) if part not in OF_JAX), "")
 
 
 def _computations(text: str) -> dict[str, str]:

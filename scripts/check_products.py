@@ -1,9 +1,9 @@
 """Hopper's products with packed weights against the reference, on the card itself: formats, batches and tiles.
 
-    python scripts/check_products.py [--formats int8,int4] [--time N,K]
+    python scripts/check_products.py [--formats int8,int4] [--tokens 1,64] [--splits 1,4]
 
 Prints each case's relative error (largest difference over the largest value); exit code 1 if one is over its limit.
-With --time it prints a product's time, too, and its share of the copy bandwidth, for a weight [N, K].
+bench_products.py times the tiles that are the engine's, tune_kernels.py --trials others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from machine import copy_bandwidth
-from product_cases import LIMIT, compiled, copies_of, random_weight, relative_error, time_of, tokens_of, wanted
+from product_cases import LIMIT, random_weight, relative_error, tokens_of, wanted
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernels.cuda import hopper_packed
@@ -55,44 +54,30 @@ def checked(M: int, weight: QuantizedTensor, splits: list[int]) -> list[Tile]:
     return found
 
 
-def timed(M: int, weight: QuantizedTensor) -> list[Tile]:
-    """-> the default tile and its neighbours."""
-    tiles = hopper_packed.tiles_of(weight, M)
-    tiles += [tiles[0]._replace(splits=splits) for splits in hopper_packed.SPLITS]
-    return [tile for tile in dict.fromkeys(tiles) if hopper_packed.fits(weight, tile)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--splits", default="1,2,4")
-    parser.add_argument("--time", help="N,K of a weight whose products are timed")
     options = parser.parse_args()
-    N, K = map(int, options.time.split(",")) if options.time else SHAPE
-    limit, failures, cases = copy_bandwidth() if options.time else 0.0, 0, 0
+    splits = list(map(int, options.splits.split(",")))
+    (N, K), failures, cases = SHAPE, 0, 0
     for name, M in itertools.product(options.formats.split(","), map(int, options.tokens.split(","))):
         weight = weight_of(name, N, K)
-        copies, tokens = copies_of(weight) if options.time else [weight], tokens_of(M, K)
-        expected = wanted(tokens[0], weight)
-        splits = list(map(int, options.splits.split(",")))
-        for tile in timed(M, weight) if options.time else checked(M, weight, splits):
+        x = tokens_of(M, K)[0]
+        expected = wanted(x, weight)
+        for tile in checked(M, weight, splits):
             plan, cases = Plan("hopper_packed", tile), cases + 1
             run: Any = lambda x, w, plan=plan: multiply(x, w, jnp.dtype(jnp.bfloat16), plan)
             head = f"{name} {M} x {N} x {K} {tuple(tile)}"
             try:
-                error = relative_error(jax.jit(run)(tokens[0], weight), expected)
+                error = relative_error(jax.jit(run)(x, weight), expected)
             except Exception:
                 failures += 1
                 print(f"{head}: {traceback.format_exc().strip().splitlines()[-1][:200]}", flush=True)
                 continue
             failures += not error < LIMIT
-            line = f"{head}: error {error:.1e}{'' if error < LIMIT else ' TOO LARGE'}"
-            if options.time:
-                took = time_of(compiled(run, tokens, copies), tokens, copies)
-                size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight)) + 2 * M * (N + K)
-                line += f", {took * 1e6:.1f} us, {size / took / limit:.0%} of copies"
-            print(line, flush=True)
+            print(f"{head}: error {error:.1e}{'' if error < LIMIT else ' TOO LARGE'}", flush=True)
     print(f"{cases} cases, {failures} failed")
     sys.exit(bool(failures))
 

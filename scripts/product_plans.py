@@ -43,7 +43,9 @@ def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
     kind, N, K = kind_of(weight), weight.values.shape[0], weight.inputs
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
     tile = Tile(rows, 64, 128) if rows <= 64 else Tile(rows, 128, 128, warps=8, stages=3)
-    found = [default, Plan("triton", tile), *([Plan("triton", tile._replace(splits=4))] if M <= THIN else [])]
+    found = [default]
+    if M <= 256 or default.kernel != "hopper":  # with more tokens Triton's take more than twice as long as Hopper's
+        found += [Plan("triton", tile._replace(splits=splits)) for splits in ((1, 4) if M <= THIN else (1,))]
     if M <= vector.MOST_TOKENS and vector.supports(weight) is None:
         found.append(Plan("vector", Tile(1, 8, 1024, stages=1)))
     if kind == BLOCK and M <= 16:
@@ -51,8 +53,6 @@ def starts(weight: QuantizedTensor, M: int, default: Plan) -> list[Plan]:
     if kind == BLOCK and K // weight.scales.shape[1] == hopper_narrow.BLOCK and on_hopper():
         shapes = [(rows, columns) for rows, columns in hopper_narrow.TILES if rows <= M or rows == hopper_narrow.ROWS]
         found += [Plan("hopper", hopper_narrow.filling(*shape, M, N, K)) for shape in shapes]
-        if M > 256 and default.kernel == "hopper":
-            found.remove(Plan("triton", tile))  # which takes more than twice as long
     if kind == PACKED and hopper_packed.supports(weight) is None and on_hopper():
         found += [Plan("hopper_packed", tile) for tile in hopper_packed.tiles_of(weight, M)]
     if kind == CHANNEL or (kind == PACKED and M >= 256):

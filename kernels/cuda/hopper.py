@@ -18,12 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.cuda.blocks import ALIGNED, aligned_blocks
+from kernels.cuda.mosaic import why_not_this_jax
 from kernels.cuda.tile import LOG2_E, NOTHING
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec, RaggedBatch
 
-JAX = (0, 11)  # whose Mosaic this is written for; 0.12 finds no way to store what `store` does
 ROWS = 64  # of queries in one warpgroup: what its matrix instruction takes
 GROUPS = 2  # warpgroups that multiply; the next one fetches
 QUEUES = 2  # places for a work's queries: the next work's come while these are used
@@ -106,8 +106,8 @@ def supports(spec: AttentionSpec, page_size: int, kv_dtype: str) -> str | None:
     device = jax.local_devices()[0]
     if device.platform != "gpu" or not str(device.compute_capability).startswith("9."):
         return "no GPU of compute capability 9 here"
-    if jax.__version_info__[:2] != JAX:
-        return f"no JAX but {'.'.join(map(str, JAX))}, and this is {jax.__version__}"
+    if why := why_not_this_jax():
+        return why
     if kv_dtype not in ("bfloat16", "float16"):
         return f"no KV cache of dtype {kv_dtype}"
     if spec.head_dim not in (64, 128):

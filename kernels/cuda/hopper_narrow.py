@@ -17,9 +17,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.cuda.matrix import SHARED_MEMORY, Tile
+from kernels.cuda.matrix import Tile, summed
+from kernels.cuda.mosaic import ROOM, for_each, load, why_not_this_jax
 
-JAX = (0, 11)  # whose Mosaic this is written for
 BLOCK = 128  # inputs and outputs of a weight's scale
 ROWS = 64  # of what a warpgroup multiplies: what its instruction takes
 TILES = ((128, 128), (64, 256), (64, 128))  # rows and columns of a program's
@@ -28,9 +28,7 @@ ALIGNED = 8  # rows that copies move together: tokens are padded to as many, and
 BAND = 32  # tiles of rows that are taken together: the tokens that stay in the second-level cache
 MULTIPROCESSORS = 132  # of an H100 or H200
 LEAST_INPUTS = 4 * BLOCK  # of a program
-BARRIERS = 1024  # bytes of them, and of what aligns tiles
 REGISTERS = (232, 40)  # of a thread that multiplies, and of one that fetches
-load: Any = plgpu.load  # an older JAX, for which nothing is compiled here, wants an index too
 
 
 class Shared(NamedTuple):
@@ -49,8 +47,8 @@ def supports(N: int, K: int, tile: Tile) -> bool:
     whole = N % tile.columns == 0 and K % (BLOCK * tile.splits) == 0
     stage = (tile.rows + tile.columns) * BLOCK + tile.rows * 4
     out = tile.rows * tile.columns * (2 if tile.splits == 1 else 4)
-    fits = tile.stages * stage + out + BARRIERS <= SHARED_MEMORY
-    return whole and fits and (tile.rows, tile.columns) in TILES and jax.__version_info__[:2] == JAX
+    fits = tile.stages * stage + out <= ROOM
+    return whole and fits and (tile.rows, tile.columns) in TILES and why_not_this_jax() is None
 
 
 def default_tile(M: int, N: int, K: int) -> Tile:
@@ -64,7 +62,7 @@ def filling(rows: int, columns: int, M: int, N: int, K: int) -> Tile:
     """-> tiles of this size, or as many parts of their inputs as fill the GPU once."""
     tiles = pl.cdiv(M, rows) * pl.cdiv(N, columns)
     splits = next((n for n in (8, 4, 2) if n * tiles <= MULTIPROCESSORS and K % (n * LEAST_INPUTS) == 0), 1)
-    return Tile(rows, columns, BLOCK, splits, stages=3 if splits > 1 and columns == 256 else 4)
+    return Tile(rows, columns, BLOCK, splits, stages=4)
 
 
 # Compiled by itself, it is traced and lowered once for all layers of a step.
@@ -98,15 +96,13 @@ def block_product(
         def for_each_tile(do: Any) -> None:
             """do(row, column, split, step) for each of a program's tiles; `step` counts turns from its start on."""
 
-            def one(i: Any, _: Any) -> None:
-                at = i * programs + program
+            def one(at: Any, i: Any) -> None:
                 place = lax.rem(at, tiles)
                 outer, inside = lax.div(place, band * across), lax.rem(place, band * across)
                 row, column = outer * band + lax.rem(inside, band), lax.div(inside, band)
                 do(row * rows, column * columns, lax.div(at, tiles), i * turns)
 
-            mine = tiles * splits // programs + (program < tiles * splits % programs).astype(jnp.int32)
-            lax.fori_loop(0, mine, one, None)
+            for_each(tiles * splits, programs, program, one)
 
         @pl.when(group == GROUPS)
         def _fetch() -> None:
@@ -190,5 +186,4 @@ def block_product(
             unsafe_no_auto_barriers=True,  # nobody reads what it wrote to shared memory
         ),
     )
-    y = run(x, x_scales, weight, scales)
-    return (y[0] if splits == 1 else jnp.sum(y, axis=0).astype(dtype))[:tokens]
+    return summed(run(x, x_scales, weight, scales), dtype)[:tokens]

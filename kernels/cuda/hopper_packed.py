@@ -21,27 +21,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from kernels.cuda.matrix import Tile
+from kernels.cuda.matrix import FEW_OUTPUTS, Tile, summed
+from kernels.cuda.mosaic import ROOM, for_each, load, why_not_this_jax
 from kernels.quantized import QuantizedTensor
 
-JAX = (0, 11)  # whose Mosaic this is written for
 DEPTH = 128  # bytes of each output's weights that a turn takes, whose halves, if they have two, are as many neighbours
 CHUNK = 64  # inputs that are multiplied at a time, while the next are unpacked
 PIECE = 32  # tokens whose results are written at a time
 OUTPUTS = 64  # of what a warpgroup multiplies: what its instruction takes
 LEAST_GROUP = 32  # inputs that share a scale
-SHARED_MEMORY = 226 << 10  # bytes that tiles may have
 LEAST_ROWS = 8
 ROWS = (8, 16, 32, 64, 128)  # tokens of a tile
 WIDTHS = ((128, 8), (256, 8), (256, 16))  # outputs of a tile, and its warps that multiply
 SPLITS = (1, 2, 4, 8)
 STAGES = (6, 4, 3, 2)
-FEW_OUTPUTS = 8192  # of which whole tiles are fewer than a large GPU's multiprocessors
 FEW_ROWS = 32  # tokens that are read beside a weight without much ado
 REGISTERS = {2: (232, 40), 4: (112, 24)}  # by how many warpgroups multiply: of a thread that does, and not
 SMALL = 2.0**13  # numbers are smaller by that in bfloat16, so that what they are made with is in its range
 WGMMA = plgpu.Layout.WGMMA
-load: Any = plgpu.load  # an older JAX, for which nothing is compiled here, wants an index too
 
 
 class Shared(NamedTuple):
@@ -58,8 +55,8 @@ def supports(weight: QuantizedTensor) -> str | None:
     """-> None, or why the kernel cannot multiply a weight [N, K], on a device that has it."""
     layout, K = weight.layout, weight.inputs
     groups = weight.scales.shape[1]
-    if jax.__version_info__[:2] != JAX:
-        return f"no JAX {jax.__version__}: {'.'.join(map(str, JAX))} only"
+    if why := why_not_this_jax():
+        return why
     if layout.activations != "none" or layout.format not in ("int8", "int4"):
         return f"no {layout.format} with activations {layout.activations!r}"
     if weight.minima is not None:
@@ -79,7 +76,7 @@ def fits(weight: QuantizedTensor, tile: Tile) -> bool:
     N, width = weight.values.shape
     groups = tile.warps // 4
     stage = DEPTH * (tile.columns + 2 * tile.rows * weight.layout.packing)
-    room = tile.stages * stage + 4 * min(tile.rows, PIECE) * tile.columns <= SHARED_MEMORY
+    room = tile.stages * stage + 4 * min(tile.rows, PIECE) * tile.columns <= ROOM
     known = tile.rows in ROWS and tile.depth == DEPTH and tile.splits in SPLITS and groups in REGISTERS
     whole = N % tile.columns == 0 and (width // DEPTH) % tile.splits == 0
     return room and known and whole and tile.columns % (groups * OUTPUTS) == 0
@@ -125,7 +122,7 @@ def packed_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype, *, tile:
         x, weight.values, weight.scales, weight.zeros, weight.layout.packing,
         jnp.dtype(dtype) if tile.splits == 1 else jnp.dtype(jnp.float32), tile, multiprocessors,
     )  # fmt: skip
-    return (y[0] if tile.splits == 1 else jnp.sum(y, axis=0).astype(dtype))[:tokens]
+    return summed(y, dtype)[:tokens]
 
 
 # Compiled by itself, it is traced and lowered once for all layers of a step.
@@ -155,13 +152,11 @@ def _parts(
         def for_each_item(do: Any) -> None:
             """do(split, row, column, step) for each of a program's tiles; `step` counts turns from its start on."""
 
-            def one(i: Any, _: Any) -> None:
-                place = i * programs + program
+            def one(place: Any, i: Any) -> None:
                 split, inside = lax.div(place, down * across), lax.rem(place, down * across)
                 do(split, lax.rem(inside, down) * rows, lax.div(inside, down) * columns, i * turns)
 
-            mine = items // programs + (program < items % programs).astype(jnp.int32)
-            lax.fori_loop(0, mine, one, None)
+            for_each(items, programs, program, one)
 
         @pl.when(member == groups)
         def _fetch() -> None:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from kernels.cuda.tile import Tiles, launch
 
 SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor that a program may have
+FEW_OUTPUTS = 8192  # of which whole tiles are fewer than a large GPU's multiprocessors
 
 
 class Tile(NamedTuple):
@@ -107,4 +108,9 @@ def launch_product(
     out = jax.ShapeDtypeStruct((tile.splits, *shape), dtype if tile.splits == 1 else jnp.float32)
     tiles = Tiles(tile.rows, tile.depth, tile.warps, tile.stages)
     y = launch(kernel, inputs, out, grid=grid, tiles=tiles, interpret=interpret)
-    return y[0] if tile.splits == 1 else jnp.sum(y, axis=0).astype(dtype)
+    return summed(y, dtype)
+
+
+def summed(parts: Array, dtype: jnp.dtype) -> Array:
+    """parts [splits, M, N], float32 if there are several -> their sum [M, N] in `dtype`."""
+    return parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0).astype(dtype)

@@ -10,7 +10,7 @@ from jax import Array
 
 from kernels.cuda import hopper_narrow, hopper_packed, vector
 from kernels.cuda.activations import narrow
-from kernels.cuda.matrix import Tile
+from kernels.cuda.matrix import FEW_OUTPUTS, Tile
 from kernels.cuda.narrow import narrow_product
 from kernels.cuda.packed import LEAST, packed_product, supports
 from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
@@ -19,7 +19,6 @@ from kernels.tuned import file_name, found_for
 DEPTH = 128  # inputs of a turn, where so many divide all
 THIN = 64  # tokens up to which reading the weight takes longest
 LARGE = 1 << 25  # numbers of a weight from which on Mosaic's kernel for packed ones was seen to be the fastest
-FEW_OUTPUTS = 8192  # of which tiles of 64 are fewer than a large GPU's multiprocessors
 KERNELS = ("vector", "triton", "inside", "hopper", "hopper_packed", "library")
 CHANNEL, BLOCK, PACKED = "channel", "block", "packed"  # what kernels tell apart
 

@@ -13,10 +13,11 @@ import pytest
 from kernels.attention import BACKENDS, AttentionSpec, RaggedBatch, choose_backend
 from kernels.cuda import hopper
 from kernels.cuda.attention import cache_spec, write
+from kernels.cuda.mosaic import why_not_this_jax
 from tests.kernels.cases import Case, run
 
 needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__[:2] != hopper.JAX, reason="the kernel is written for another JAX's Mosaic GPU backend"
+    why_not_this_jax() is not None, reason="the kernel is written for another JAX's Mosaic GPU backend"
 )
 SPEC = AttentionSpec(2, 4, 64, 0.125)
 CAPPED = AttentionSpec(1, 3, 64, 0.125, soft_cap=5.0)

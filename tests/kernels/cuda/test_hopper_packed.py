@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from kernels import tuned
-from kernels.cuda import hopper_packed, product
-from kernels.cuda.hopper_packed import SHARED_MEMORY, SMALL, default_tile, fits, part_of, supports, tiles_of
+from kernels.cuda import mosaic, product
+from kernels.cuda.hopper_packed import SMALL, default_tile, fits, part_of, supports, tiles_of
 from kernels.cuda.matrix import Tile
 from kernels.cuda.product import Plan, default_plan, matrix_product, multiply
 from kernels.product import reference
@@ -31,7 +31,7 @@ TAKEN = ("int8", "int8, groups", "int4", "int4, groups", "int4, zeros", "int4, g
 @pytest.fixture
 def hopper(monkeypatch):
     """A Hopper GPU, and a JAX that the kernel is written for."""
-    monkeypatch.setattr(hopper_packed, "JAX", jax.__version_info__[:2])
+    monkeypatch.setattr(mosaic, "JAX", jax.__version_info__[:2])
     monkeypatch.setattr(product, "on_hopper", lambda: True)
 
 
@@ -86,7 +86,7 @@ def test_what_is_not_taken_is_named(hopper):
 
 
 def test_another_jax_is_not_taken(monkeypatch):
-    monkeypatch.setattr(hopper_packed, "JAX", (0, 1))
+    monkeypatch.setattr(mosaic, "JAX", (0, 1))
     assert "JAX" in (supports(random_weight("int8", 256, 512)) or "")
 
 
@@ -99,7 +99,7 @@ def test_large_weights_have_a_tile_for_few_tokens(layout, tokens, hopper):
         tile = plan.tile
         assert plan.kernel == "hopper_packed" and fits(weight, tile)
         assert tile.rows >= tokens
-        assert tile.stages * tile.depth * (tile.columns + 2 * tile.rows * layout.packing) <= SHARED_MEMORY
+        assert tile.stages * tile.depth * (tile.columns + 2 * tile.rows * layout.packing) <= mosaic.ROOM
         assert outputs // tile.columns * tile.splits >= 100  # programs: most multiprocessors have one
 
 
@@ -138,17 +138,17 @@ def test_a_tuned_plan_gives_way_to_tokens_that_it_does_not_take(tmp_path, monkey
     entry = {"kernel": "hopper_packed", **Tile(8, 128, 128, 1, 8, 4)._asdict()}
     tuned.write(tmp_path / f"product,N=256,K=512,int8 512x1 none,{device}.json", {8: entry})
     tuned._read.cache_clear()
-    monkeypatch.setattr(hopper_packed, "JAX", jax.__version_info__[:2])
+    monkeypatch.setattr(mosaic, "JAX", jax.__version_info__[:2])
     x = jnp.ones((8, 512), jnp.bfloat16)
     kernel = lambda x: matrix_product(x, weight, x.dtype).kernel  # pyright: ignore[reportAttributeAccessIssue]
     assert kernel(x) == "hopper_packed"
     assert kernel(x.astype(jnp.float16)) == "triton" and kernel(jnp.ones((300, 512), jnp.float16)) == "library"
-    monkeypatch.setattr(hopper_packed, "JAX", (0, 1))
+    monkeypatch.setattr(mosaic, "JAX", (0, 1))
     assert kernel(x) == "triton"
 
 
 @pytest.mark.skipif(H200 is None, reason="this JAX cannot lower for a GPU that is not there")
-@pytest.mark.skipif(jax.__version_info__[:2] != hopper_packed.JAX, reason="the kernel is for another JAX")
+@pytest.mark.skipif(mosaic.why_not_this_jax() is not None, reason="the kernel is for another JAX")
 @pytest.mark.parametrize("name", TAKEN)
 @pytest.mark.parametrize(
     "tile", [Tile(8, 128, 128, 4, 8, 4), Tile(64, 256, 128, 1, 16, 3), Tile(128, 256, 128, 2, 8, 2)]

@@ -15,7 +15,8 @@ import pytest
 
 from kernels import tuned
 from kernels.cuda import mosaic, product
-from kernels.cuda.hopper_packed import SMALL, default_tile, fits, part_of, supports, tiles_of
+from kernels.cuda.hopper_packed import default_tile, fits, supports, tiles_of
+from kernels.cuda.hopper_unpack import SMALL, part_of
 from kernels.cuda.matrix import Tile
 from kernels.cuda.product import Plan, default_plan, matrix_product, multiply
 from kernels.product import reference

@@ -94,9 +94,8 @@ class StepCompiler:
         specs = {*self.layout.specs, *self.layout.draft_specs}
         self.backend = choose_backend(config.attention_backend, device.platform, specs, page, kv_dtype)
         report(f"attention: {self.backend.name} on {device.device_kind}, pages of {page} tokens, KV {kv_dtype}")
-        if not config.disable_custom_all_reduce:
-            link = "a kernel's, over NVLink" if self.layout.has_link else "XLA's: no GPUs of one process with NVLinks"
-            report(f"small sums over devices: {link}")
+        if self._platform == "gpu" and mesh.shape["model"] > 1:
+            report(f"sums over devices: {'a kernel, over NVLink' if self.layout.has_link else 'XLA'}")
 
         one_row = bool(stored) and drafter is None
         shapes = partial(gpu_step_shapes, one_row=one_row) if device.platform == "gpu" else step_shapes

@@ -153,7 +153,7 @@ def has_link(mesh: Mesh) -> bool:
     here = devices[0].platform == "gpu" and len({device.process_index for device in devices}) == 1
     if not here or not 1 < mesh.shape["model"] <= all_reduce.MOST_DEVICES:
         return False
-    return float(devices[0].compute_capability) >= all_reduce.CAPABILITY and read_topology(devices).link == "NVLink"
+    return all(map(all_reduce.runs_on, devices)) and read_topology(devices).link == "NVLink"
 
 
 def _on(sharding: Any, tree: Any) -> Any:

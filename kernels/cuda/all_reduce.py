@@ -14,10 +14,11 @@ for itself. In a turn it
 
 **Why a place is empty when it is written to.** A writes to its place at B in turns t and t + 2. Between the two, A has
 finished turn t + 1, so it has read what B wrote in turn t + 1, which B did after turn t, with the emptying at its end:
-kernels of a stream run one after another. **Why nothing waits forever**: a turn's writes wait for nothing, and all
-programs of a grid are on the device at once (PROGRAMS), so none waits for one that cannot start. All devices must
-make the same sums in the same order, as those of one XLA program do, and each device one at a time: its sums depend on
-one another, or XLA has them in one stream, which it does unless it is told to overlap (`Axes.is_overlapped`).
+a kernel makes one turn, kernels of a stream run one after another, and what one has written is in memory before the
+next begins. **Why nothing waits forever**: a turn's writes wait for nothing, and all programs of a grid are on the
+device at once (AT_ONCE), so none waits for one that cannot start. All devices must make the same sums in the same
+order, as those of one XLA program do, and each device one at a time: its sums depend on one another, or XLA has them in
+one stream, which it does unless it is told to overlap (`Axes.is_overlapped`).
 
 **Addresses.** The devices of a process share one address space, and XLA lets each write to all others' memory where the
 links can. The workspace is an array that no XLA program sees; steps get a table of addresses instead.
@@ -39,17 +40,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.cuda.tile import Tiles, launch, padded
 
-WARPS = 8
-THREADS = 32 * WARPS
 BYTES = 16  # of an addend that a thread has
+WARPS = 8  # of a program that only adds
 MOST_WARPS = 32  # of a program
-MOST_DEVICES = 8
-CAPABILITY = 9.0  # Hopper's: what it was run on
-PROGRAMS = 512  # at most: a device has room for all at once, eight on each of its 78 to 132 multiprocessors
+AT_ONCE = 4096  # warps of all programs, for which a device has room at once
+MULTIPROCESSORS = 114  # for that: those of the smallest Hopper with NVLinks but the H20, which has 78
+MOST_DEVICES = 2  # as many as it was run on
+CAPABILITY = 9.0  # Hopper's, likewise
 EMPTY = 0x80008000  # two negative zeros of 16 bits, or a denormal number: what an addend has of it becomes 0
 TURNS = 2
-PLACES = PROGRAMS * THREADS * BYTES  # bytes of all threads' places for one sender in one turn
-COUNTS = 4 * PROGRAMS * THREADS  # bytes of all threads' counts
+PLACES = 32 * AT_ONCE * BYTES  # bytes of all threads' places for one sender in one turn
+COUNTS = 32 * AT_ONCE * 4  # bytes of all threads' counts
 
 
 class Link(NamedTuple):
@@ -60,22 +61,24 @@ class Link(NamedTuple):
 
     def supports(self, x: Array) -> bool:
         """-> whether `sum` takes x [T, ...]: floats of 16 or 32 bits, few enough to be sent to all at once."""
-        others = self.table.shape[-1] // 2 - 2
-        return x.dtype.name in _CONVERSIONS and _grid(x)[0] * others <= PROGRAMS
+        return x.dtype.name in _CONVERSIONS and self._has_room(WARPS * _pieces(x), x)
 
     def sum(self, x: Array) -> Array:
         return all_reduce(x, self.table)
 
     def supports_norm(self, x: Array) -> bool:
-        """-> whether `sum_and_norm` takes x [T, D]: it has a program for a row."""
+        """-> whether `sum_and_norm` takes x [T, D]: what `sum` does, if a program holds a row."""
         if x.ndim != 2 or x.dtype.name not in _CONVERSIONS:
             return False
         warps = _warps_of_row(x)
-        others = self.table.shape[-1] // 2 - 2
-        return 1 <= warps <= MOST_WARPS and 2 * x.shape[0] * warps * others <= PROGRAMS * WARPS
+        return 1 <= warps <= MOST_WARPS and self._has_room(warps * x.shape[0], x)
 
     def sum_and_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> tuple[Array, Array]:
         return all_reduce_norm(x, residual, weight, eps, self.table)
+
+    def _has_room(self, warps: int, x: Array) -> bool:
+        others = self.table.shape[-1] // 2 - 2
+        return warps * others <= AT_ONCE
 
 
 class Workspace(NamedTuple):
@@ -83,6 +86,11 @@ class Workspace(NamedTuple):
 
     memory: Array
     link: Link
+
+
+def runs_on(device: Any) -> bool:
+    """-> whether a GPU is of the kind that this was written for, and has room for all programs at once."""
+    return float(device.compute_capability) >= CAPABILITY and device.core_count >= MULTIPROCESSORS
 
 
 def abstract_link(mesh: Mesh, axis: str) -> Link:
@@ -101,15 +109,15 @@ def open_workspace(mesh: Mesh, axis: str) -> Workspace:
     own: dict[Any, Any] = {shard.device: shard.data for shard in memory.addressable_shards}
     rows = {}
     for group in np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(-1, senders):
-        tables = _addresses([own[device].unsafe_buffer_pointer() for device in group])
-        rows |= {device: np.asarray(row, np.uint64).view(np.int32) for device, row in zip(group, tables, strict=True)}
+        rows |= dict(zip(group, tables([own[device].unsafe_buffer_pointer() for device in group]), strict=True))
     table = np.stack([rows[device] for device in mesh.devices.flat])
     return Workspace(memory, Link(jax.device_put(table, each)))
 
 
-def _addresses(memory: list[int]) -> list[list[int]]:
-    """memory: where that of each device of a group begins -> each device's table."""
-    return [[own, *(other + COUNTS + rank * PLACES for other in memory)] for rank, own in enumerate(memory)]
+def tables(memory: list[int]) -> np.ndarray:
+    """memory: where that of each device of a group begins -> each device's row of `Link.table`, [device, word] i32."""
+    rows = [[own, *(other + COUNTS + rank * PLACES for other in memory)] for rank, own in enumerate(memory)]
+    return np.array(rows, np.uint64).view(np.int32)
 
 
 def all_reduce(x: Array, table: Array) -> Array:
@@ -119,18 +127,12 @@ def all_reduce(x: Array, table: Array) -> Array:
     x: as `Link.supports` says.
     """
     rows = x.reshape(x.shape[0], -1)  # no flat array: XLA would not find what follows, a norm, to be one kernel
-    programs, count = _grid(x)
-    out = jax.ShapeDtypeStruct(rows.shape, x.dtype)
+    count = _numbers(WARPS, x)
     return launch(
-        partial(_all_reduce, count, table.shape[-1] // 2 - 1), [rows, table.reshape(-1)], out,
-        grid=(programs,), tiles=Tiles(count, 1, WARPS, 1), interpret=False,
+        partial(_all_reduce, count, table.shape[-1] // 2 - 1), [rows, table.reshape(-1)],
+        jax.ShapeDtypeStruct(rows.shape, x.dtype),
+        grid=(_pieces(x),), tiles=Tiles(count, 1, WARPS, 1), interpret=False,
     ).reshape(x.shape)  # fmt: skip
-
-
-def _grid(x: Array) -> tuple[int, int]:
-    """-> how many programs there are for x [T, ...], and how many numbers each has, of one row."""
-    count = THREADS * BYTES // x.dtype.itemsize
-    return x.shape[0] * pl.cdiv(math.prod(x.shape[1:]), count), count
 
 
 def all_reduce_norm(x: Array, residual: Array, weight: Array, eps: float, table: Array) -> tuple[Array, Array]:
@@ -141,12 +143,22 @@ def all_reduce_norm(x: Array, residual: Array, weight: Array, eps: float, table:
     """
     warps = _warps_of_row(x)
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    count = 32 * warps * BYTES // x.dtype.itemsize
+    count = _numbers(warps, x)
     return launch(
         partial(_all_reduce_norm, count, table.shape[-1] // 2 - 1, eps),
         [x, table.reshape(-1), residual, weight], (out, out),
         grid=(x.shape[0],), tiles=Tiles(count, 1, warps, 1), interpret=False,
     )  # fmt: skip
+
+
+def _numbers(warps: int, x: Array) -> int:
+    """-> of x, how many a program of so many warps has."""
+    return 32 * warps * BYTES // x.dtype.itemsize
+
+
+def _pieces(x: Array) -> int:
+    """-> how many programs add up x [T, ...], each a part of one row."""
+    return x.shape[0] * pl.cdiv(math.prod(x.shape[1:]), _numbers(WARPS, x))
 
 
 def _warps_of_row(x: Array) -> int:
@@ -155,8 +167,8 @@ def _warps_of_row(x: Array) -> int:
 
 def _all_reduce(count: int, senders: int, x: Any, table: Any, out: Any) -> None:
     each = pl.cdiv(x.shape[1], count)
-    column = pl.program_id(0) % each * count + jnp.arange(count, dtype=jnp.int32)
-    at, inside = (jnp.full((count,), pl.program_id(0) // each, jnp.int32), column), column < x.shape[1]
+    column = lax.rem(pl.program_id(0), each) * count + jnp.arange(count, dtype=jnp.int32)
+    at, inside = (jnp.full_like(column, lax.div(pl.program_id(0), each)), column), column < x.shape[1]
     plgpu.store(out.at[at], _sum(senders, x, table, at, inside), mask=inside)
 
 
@@ -165,9 +177,9 @@ def _all_reduce_norm(
 ) -> None:
     float32, width = jnp.float32, x.shape[1]
     column = jnp.arange(count, dtype=jnp.int32)
-    at, inside = (jnp.full((count,), pl.program_id(0), jnp.int32), column), column < width
-    before = plgpu.load(residual.at[at], mask=inside, other=0.0).astype(float32)
+    at, inside = (jnp.full_like(column, pl.program_id(0)), column), column < width
     scale = plgpu.load(weight.at[column], mask=inside, other=0.0)
+    before = plgpu.load(residual.at[at], mask=inside, other=0.0).astype(float32)
     y = (_sum(senders, x, table, at, inside).astype(float32) + before).astype(x.dtype)
     plgpu.store(out.at[at], y, mask=inside)
     y = y.astype(float32)

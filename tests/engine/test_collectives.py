@@ -68,18 +68,21 @@ def test_devices_with_a_link_sum_through_it_but_not_while_they_compute_another_h
         ({"platform": "tpu"}, False),
         ({"compute_capability": "8.0"}, False),
         ({"compute_capability": "10.0"}, True),
+        ({"core_count": 78}, False),
         ({"nvlinks": 0}, False),
         ({"model": 1}, False),
-        ({"model": 16}, False),
+        ({"model": 4}, False),
         ({"processes": 2}, False),
     ],
 )
 def test_gpus_of_one_process_with_nvlinks_have_a_link(monkeypatch, change, expected):
-    given: dict[str, Any] = dict(platform="gpu", compute_capability="9.0", nvlinks=18, model=2, processes=1) | change
+    given: dict[str, Any] = dict(platform="gpu", nvlinks=18, model=2, processes=1)
+    given |= dict(compute_capability="9.0", core_count=132) | change
     devices = [
         SimpleNamespace(
             platform=given["platform"],
             compute_capability=given["compute_capability"],
+            core_count=given["core_count"],
             process_index=i % given["processes"],
         )
         for i in range(16)

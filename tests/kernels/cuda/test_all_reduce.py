@@ -1,15 +1,14 @@
 """The sum over GPUs: its PTX run here, by threads that take turns at random, where it writes, and that it lowers.
 
-scripts/bench_all_reduce.py checks it on cards.
+scripts/check_all_reduce.py runs it on cards.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,39 +17,54 @@ import pytest
 from jax.sharding import Mesh
 
 from kernels.cuda import all_reduce
-from kernels.cuda.all_reduce import COUNTS, EMPTY, PLACES, PROGRAMS, THREADS, TURNS, Link
+from kernels.cuda.all_reduce import AT_ONCE, COUNTS, EMPTY, PLACES, TURNS, WARPS, Link
 from tests.kernels.cuda.test_lowering import H200
 
 Table = list[int]  # of a device, addresses
+THREADS = 32 * WARPS  # of a program
 
 
 def tables(devices: int) -> list[Table]:
     """-> each device's own memory, and where it writes at each: as `open_workspace` has them."""
     memory = [(device + 1) << 40 for device in range(devices)]
-    return all_reduce._addresses(memory)
+    return all_reduce.tables(memory).view(np.uint64).tolist()
+
+
+class Write(NamedTuple):
+    thread: Any  # and its device
+    address: int
+    word: int
 
 
 class Memory:
-    """All devices' memory, in words. What is written to another device's arrives there later, word by word."""
+    """All devices' memory, in words. What is written arrives later, each word when it likes, but before its thread
+    reads that word again, and before its kernel ends."""
 
     def __init__(self) -> None:
         self.words: dict[int, int] = {}
-        self.on_its_way: list[tuple[int, int]] = []
+        self.on_its_way: list[Write] = []
 
-    def read(self, address: int) -> int:
+    def read(self, address: int, thread: Any = None) -> int:
+        self.arrive_all(lambda write: write[:2] == (thread, address))
         return self.words.get(address, 0 if address % (1 << 40) < COUNTS else EMPTY)
 
-    def write(self, device: int, address: int, word: int) -> None:
+    def write(self, thread: Any, address: int, word: int) -> None:
         assert address % 4 == 0 and address % (1 << 40) < COUNTS + TURNS * 8 * PLACES
-        if address >> 40 == device + 1:
-            self.words[address] = word
-        else:
-            self.on_its_way.append((address, word))
+        self.on_its_way.append(Write(thread, address, word))
 
     def arrive(self, at: int) -> None:
-        address, word = self.on_its_way.pop(at)
-        assert self.read(address) == EMPTY, "a word is written over one that was not read"
-        self.words[address] = word
+        """Let a write arrive, or an earlier one of the same thread to the same address."""
+        write = self.on_its_way[at]
+        write = next(w for w in self.on_its_way if w[:2] == write[:2])
+        self.on_its_way.remove(write)
+        is_count, is_own = write.address % (1 << 40) < COUNTS, write.address >> 40 == write.thread[0] + 1
+        if not is_count and not (is_own and write.word == EMPTY):
+            assert self.read(write.address) == EMPTY, "a word is written over one that was not read"
+        self.words[write.address] = write.word
+
+    def arrive_all(self, which: Callable[[Write], bool]) -> None:
+        while (at := next((i for i, write in enumerate(self.on_its_way) if which(write)), None)) is not None:
+            self.arrive(at)
 
 
 def run(text: str, operands: list[int], program: int, thread: int, device: int, memory: Memory) -> Iterator[None]:
@@ -77,11 +91,11 @@ def run(text: str, operands: list[int], program: int, thread: int, device: int, 
         kind = operation.split(".")
         if kind[0] == "ld":
             for i, name in enumerate(parts(names[0])):
-                registers[name] = memory.read(address(names[1]) + 4 * i)
+                registers[name] = memory.read(address(names[1]) + 4 * i, (device, program, thread))
             yield
         elif kind[0] == "st":
             for i, name in enumerate(parts(names[1])):
-                memory.write(device, address(names[0]) + 4 * i, value(name))
+                memory.write((device, program, thread), address(names[0]) + 4 * i, value(name))
             yield
         elif names[0].startswith("{"):
             low, high = parts(names[0])
@@ -127,7 +141,7 @@ def sums(devices: int, dtype: Any, addends: np.ndarray, seed: int) -> np.ndarray
     choose, memory = random.Random(seed), Memory()
     text = all_reduce._exchange(devices, jnp.dtype(dtype))
     pack = all_reduce.BYTES // jnp.dtype(dtype).itemsize
-    threads = [(choose.randrange(PROGRAMS), choose.randrange(THREADS)) for _ in range(addends.shape[1])]
+    threads = [(choose.randrange(AT_ONCE // WARPS), choose.randrange(THREADS)) for _ in range(addends.shape[1])]
     found = np.zeros_like(addends)
 
     def device(number: int) -> Iterator[None]:
@@ -141,11 +155,12 @@ def sums(devices: int, dtype: Any, addends: np.ndarray, seed: int) -> np.ndarray
                     del running[i]
                 yield
             found[call, :, number] = [own[:4] for own in operands]
+            memory.arrive_all(lambda write: write.thread[0] == number)
 
     running = {number: device(number) for number in range(devices)}
     for _ in range(2000 * addends.size):
-        if memory.on_its_way and choose.random() < 0.6:
-            memory.arrive(choose.randrange(len(memory.on_its_way)))
+        if memory.on_its_way and choose.random() < 0.4:
+            memory.arrive(max(choose.randrange(len(memory.on_its_way)) for _ in range(4)))  # the later ones sooner
         elif running and next(running[number := choose.choice(list(running))], StopIteration) is StopIteration:
             del running[number]
         if not running:
@@ -180,9 +195,7 @@ def test_a_table_says_where_the_devices_memory_is():
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("stage", "model"))
     workspace = all_reduce.open_workspace(mesh, "model")
     own: Any = workspace.memory.addressable_shards[0].data
-    assert np.asarray(workspace.link.table).view(np.uint64).tolist() == all_reduce._addresses(
-        [own.unsafe_buffer_pointer()]
-    )
+    np.testing.assert_array_equal(workspace.link.table, all_reduce.tables([own.unsafe_buffer_pointer()]))
     expected = all_reduce.abstract_link(mesh, "model").table
     assert (workspace.link.table.shape, workspace.link.table.dtype) == (expected.shape, expected.dtype)
     words = np.asarray(workspace.memory)[0]
@@ -192,13 +205,18 @@ def test_a_table_says_where_the_devices_memory_is():
 
 def test_what_a_link_supports():
     of = lambda devices: Link(jnp.zeros((1, 2 + 2 * devices), jnp.int32))
-    array: Any = lambda shape, dtype: SimpleNamespace(shape=shape, dtype=jnp.dtype(dtype))
-    assert of(2).supports(array((256, 4096), jnp.bfloat16))
-    assert not of(2).supports(array((257, 4096), jnp.bfloat16))
-    assert not of(2).supports(array((256, 4096), jnp.float32))
-    assert not of(8).supports(array((64, 4096), jnp.bfloat16))  # written to seven others
-    assert of(2).supports(array((64, 1, 1), jnp.float32))
-    assert not of(2).supports(array((64, 4096), jnp.int32))
+    assert of(2).supports(jnp.zeros((256, 4096), jnp.bfloat16))
+    assert not of(2).supports(jnp.zeros((257, 4096), jnp.bfloat16))
+    assert not of(2).supports(jnp.zeros((256, 4096), jnp.float32))
+    assert of(2).supports(jnp.zeros((64, 1, 1), jnp.float32))
+    assert not of(2).supports(jnp.zeros((64, 4096), jnp.int32))
+    assert of(4).supports(jnp.zeros((64, 4096), jnp.bfloat16))
+    assert not of(8).supports(jnp.zeros((64, 4096), jnp.bfloat16))  # written to seven others
+    assert of(2).supports_norm(jnp.zeros((256, 4096), jnp.bfloat16))
+    assert not of(2).supports_norm(jnp.zeros((257, 4096), jnp.bfloat16))
+    assert of(2).supports_norm(jnp.zeros((1, 8192), jnp.bfloat16))
+    assert not of(2).supports_norm(jnp.zeros((1, 8193), jnp.bfloat16))  # a row is for one program
+    assert not of(2).supports_norm(jnp.zeros((8, 16, 8), jnp.bfloat16))
 
 
 @pytest.mark.skipif(H200 is None, reason="this JAX cannot lower for a GPU that is not there")

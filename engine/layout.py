@@ -151,7 +151,7 @@ def has_link(mesh: Mesh) -> bool:
     """-> whether devices that share layers add up through each other's memory: GPUs of one process with NVLinks."""
     devices = list(mesh.devices.flat)
     here = devices[0].platform == "gpu" and len({device.process_index for device in devices}) == 1
-    if not here or not 1 < mesh.shape["model"] <= all_reduce.MOST_DEVICES:
+    if not here or mesh.shape["model"] == 1 or mesh.size > all_reduce.MOST_DEVICES:
         return False
     return all(map(all_reduce.runs_on, devices)) and read_topology(devices).link == "NVLink"
 

@@ -72,11 +72,12 @@ def test_devices_with_a_link_sum_through_it_but_not_while_they_compute_another_h
         ({"nvlinks": 0}, False),
         ({"model": 1}, False),
         ({"model": 4}, False),
+        ({"stage": 2}, False),
         ({"processes": 2}, False),
     ],
 )
 def test_gpus_of_one_process_with_nvlinks_have_a_link(monkeypatch, change, expected):
-    given: dict[str, Any] = dict(platform="gpu", nvlinks=18, model=2, processes=1)
+    given: dict[str, Any] = dict(platform="gpu", nvlinks=18, model=2, stage=1, processes=1)
     given |= dict(compute_capability="9.0", core_count=132) | change
     devices = [
         SimpleNamespace(
@@ -88,5 +89,6 @@ def test_gpus_of_one_process_with_nvlinks_have_a_link(monkeypatch, change, expec
         for i in range(16)
     ]
     monkeypatch.setattr("sharding.topology.active_nvlinks", lambda _: given["nvlinks"])
-    mesh: Any = SimpleNamespace(devices=np.array(devices, object), shape={"stage": 1, "model": given["model"]})
+    size, shape = given["stage"] * given["model"], {"stage": given["stage"], "model": given["model"]}
+    mesh: Any = SimpleNamespace(devices=np.array(devices, object), shape=shape, size=size)
     assert has_link(mesh) == expected

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,6 +18,9 @@ from jax.experimental.pallas import triton as plgpu
 if TYPE_CHECKING:
     from kernels.attention import AttentionSpec
 
+# Before each operation of Triton's dialect that JAX writes, MLIR's Python looks for a module of that dialect, by names
+# that none has: JAX's lies elsewhere. One that is there, if empty, ends a search that takes a third of lowering.
+sys.modules.setdefault("jaxlib.mlir.dialects.tt", ModuleType("jaxlib.mlir.dialects.tt"))
 # JAX 0.11 deprecates this backend of Pallas; it says so when a kernel is lowered, long after it was called.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 

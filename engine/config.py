@@ -87,7 +87,7 @@ class EngineConfig:
         False, "Spread whole experts over the devices of a layer, instead of a part of each one's width.", kind=bool
     )
     disable_custom_all_reduce: bool = _setting(
-        False, "Leave every sum over GPUs to XLA, instead of most to a kernel within the step's graph.", kind=bool
+        False, "Leave small sums of two GPUs to XLA, too, instead of to a kernel within the step's graph.", kind=bool
     )
     coordinator_address: str | None = _setting(
         None, "HOST:PORT of process 0, where jax.distributed joins the processes of one engine."

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.models.layers import rms_norm
 from kernels.cuda import all_reduce
-from kernels.cuda.all_reduce import Link, all_reduce_norm, open_workspace
+from kernels.cuda.all_reduce import Link
 
 SHAPES = ((64, 4096), (1, 4096), (3, 5), (33, 2880), (128, 4096), (64, 1), (8, 4096), (300, 1000), (256, 4096))
 DTYPES = ("bfloat16", "float32", "float16") * 3
@@ -57,10 +57,6 @@ def in_order(addends: list[Array]) -> Array:
     return total.astype(addends[0].dtype)
 
 
-def own_of(addends: list[Array], rank: Array | int) -> Array:
-    return lax.dynamic_index_in_dim(jnp.stack(addends), rank, keepdims=False)
-
-
 def wrong_sums(senders: int, rank: Array | int, table: Array, seed: Array) -> Array:
     """-> how many numbers are not what they should be, of a sum of each shape, on the device of this rank."""
 
@@ -72,13 +68,13 @@ def wrong_sums(senders: int, rank: Array | int, table: Array, seed: Array) -> Ar
         return x.astype(kind.dtype)
 
     late, wrong = jnp.float32(1), jnp.int32(0)
-    for i, kind in enumerate(filter(Link(table[None]).supports, SUMS)):
+    for i, kind in enumerate(filter(Link(table).supports, SUMS)):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), senders)
         addends = [addend(kind, key) for key in keys]
         spin = jax.random.randint(jax.random.fold_in(keys[0], rank), (), 0, 300)  # another number for each device
         late = jnp.where(wrong > 1 << 30, 0.0, late)  # the spinning waits for the sum before
         late = lax.fori_loop(0, spin, lambda _, value: jnp.sin(value) + 1, late)
-        x = own_of(addends, rank)
+        x = jnp.stack(addends)[rank]
         x = jnp.where(late > 1e9, jnp.zeros_like(x), x)  # the sum waits for the spinning
         ours, right = all_reduce.all_reduce(x, table), in_order(addends)
         same = (ours == right) | (jnp.isnan(ours) & jnp.isnan(right))
@@ -89,12 +85,12 @@ def wrong_sums(senders: int, rank: Array | int, table: Array, seed: Array) -> Ar
 def wrong_norms(senders: int, rank: Array | int, table: Array) -> tuple[Array, Array]:
     """-> of sums with a norm behind them, how many numbers differ before it, and by what share of itself one behind."""
     wrong, most = jnp.int32(0), jnp.float32(0)
-    for i, kind in enumerate(filter(Link(table[None]).supports_norm, NORMS)):
+    for i, kind in enumerate(filter(Link(table).supports_norm, NORMS)):
         keys = jax.random.split(jax.random.key(i), senders + 2)
         *addends, residual = (jax.random.normal(key, kind.shape).astype(kind.dtype) for key in keys[:-1])
         weight = jax.random.normal(keys[-1], kind.shape[1:]).astype(kind.dtype)
         right = in_order(addends) + residual
-        ours, normed = all_reduce_norm(own_of(addends, rank), residual, weight, EPS, table)
+        ours, normed = all_reduce.all_reduce_norm(jnp.stack(addends)[rank], residual, weight, EPS, table)
         expected = rms_norm(right, weight, EPS).astype(jnp.float32)
         error = jnp.abs(normed.astype(jnp.float32) - expected) / jnp.maximum(jnp.abs(expected), 1e-3)
         wrong += jnp.sum(ours != right, dtype=jnp.int32)
@@ -112,7 +108,7 @@ def told(who: str, rounds: int, wrong: int, wrong_before: int, most: float) -> b
 def check_devices(devices: int, rounds: int) -> bool:
     """-> whether this process's GPUs get the right sums."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("model",))
-    workspace = open_workspace(mesh, "model")
+    workspace = all_reduce.open_workspace(mesh, "model")
     table, each = workspace.link.table, NamedSharding(mesh, EACH)
     rank = lambda: lax.axis_index("model")
     sums = spread(mesh, lambda table, seed: wrong_sums(devices, rank(), table, seed), ROUNDED)
@@ -126,8 +122,7 @@ def check_devices(devices: int, rounds: int) -> bool:
 def check_processes(processes: int, rounds: int) -> bool:
     """-> whether processes that share this GPU get the right sums."""
     cuda_ipc.enter()
-    counts, places = all_reduce.COUNTS // 4, all_reduce.TURNS * processes * all_reduce.PLACES // 4  # at most
-    handles = [cuda_ipc.allocate([(0, counts), (all_reduce.EMPTY, places)]).hex() for _ in range(processes)]
+    handles = [cuda_ipc.allocate(all_reduce.blank(processes)).hex() for _ in range(processes)]
     program = [sys.executable, __file__, "--rounds", str(rounds), "--memory", *handles, "--rank"]
     share = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # or the first process has all memory
     running = [subprocess.Popen([*program, str(rank)], env=share) for rank in range(processes)]
@@ -145,7 +140,7 @@ def check_processes(processes: int, rounds: int) -> bool:
 def check_one_of_processes(rank: int, memory: list[str], rounds: int) -> bool:
     """-> whether this process, which has `memory[rank]` of all handles, gets the right sums."""
     cuda_ipc.enter()
-    table = jnp.asarray(all_reduce.tables([cuda_ipc.opened(bytes.fromhex(handle)) for handle in memory])[rank])[None]
+    table = jnp.asarray(all_reduce.tables([cuda_ipc.opened(bytes.fromhex(handle)) for handle in memory])[rank])
     sums, norms = (
         jax.jit(partial(check, len(memory), rank), compiler_options=ROUNDED) for check in (wrong_sums, wrong_norms)
     )

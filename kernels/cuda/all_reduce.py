@@ -61,7 +61,7 @@ class Link(NamedTuple):
 
     def supports(self, x: Array) -> bool:
         """-> whether `sum` takes x [T, ...]: floats of 16 or 32 bits, few enough to be sent to all at once."""
-        return x.dtype.name in _CONVERSIONS and self._has_room(WARPS * _pieces(x), x)
+        return x.dtype.name in _CONVERSIONS and self._has_room(WARPS * _pieces(x))
 
     def sum(self, x: Array) -> Array:
         return all_reduce(x, self.table)
@@ -71,14 +71,13 @@ class Link(NamedTuple):
         if x.ndim != 2 or x.dtype.name not in _CONVERSIONS:
             return False
         warps = _warps_of_row(x)
-        return 1 <= warps <= MOST_WARPS and self._has_room(warps * x.shape[0], x)
+        return 1 <= warps <= MOST_WARPS and self._has_room(warps * x.shape[0])
 
     def sum_and_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> tuple[Array, Array]:
         return all_reduce_norm(x, residual, weight, eps, self.table)
 
-    def _has_room(self, warps: int, x: Array) -> bool:
-        others = self.table.shape[-1] // 2 - 2
-        return warps * others <= AT_ONCE
+    def _has_room(self, warps: int) -> bool:
+        return warps * (_senders(self.table) - 1) <= AT_ONCE
 
 
 class Workspace(NamedTuple):
@@ -102,9 +101,9 @@ def open_workspace(mesh: Mesh, axis: str) -> Workspace:
     """-> for sums along an axis of a mesh whose devices are of this process and can write to each other's memory."""
     senders = mesh.shape[axis]
     each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    words = (COUNTS + TURNS * senders * PLACES) // 4
-    blank = np.where(np.arange(words) < COUNTS // 4, 0, EMPTY).astype(np.uint32)[None]
-    memory = jax.make_array_from_callback((mesh.size, words), each, lambda _: blank)
+    words, counts = zip(*blank(senders), strict=True)
+    new = np.repeat(np.array(words, np.uint32), counts)[None]
+    memory = jax.make_array_from_callback((mesh.size, new.size), each, lambda _: new)
     jax.block_until_ready(memory)  # before anyone writes to it
     own: dict[Any, Any] = {shard.device: shard.data for shard in memory.addressable_shards}
     rows = {}
@@ -112,6 +111,11 @@ def open_workspace(mesh: Mesh, axis: str) -> Workspace:
         rows |= dict(zip(group, tables([own[device].unsafe_buffer_pointer() for device in group]), strict=True))
     table = np.stack([rows[device] for device in mesh.devices.flat])
     return Workspace(memory, Link(jax.device_put(table, each)))
+
+
+def blank(senders: int) -> list[tuple[int, int]]:
+    """-> what a device's memory holds before the first sum: words, and how many times each."""
+    return [(0, COUNTS // 4), (EMPTY, TURNS * senders * PLACES // 4)]
 
 
 def tables(memory: list[int]) -> np.ndarray:
@@ -126,10 +130,11 @@ def all_reduce(x: Array, table: Array) -> Array:
     Added up in float32 and in the order of the devices. Inside of `jax.shard_map`, by all devices of the table alike.
     x: as `Link.supports` says.
     """
+    assert Link(table).supports(x), (x.shape, x.dtype)  # others would be written past the places
     rows = x.reshape(x.shape[0], -1)  # no flat array: XLA would not find what follows, a norm, to be one kernel
     count = _numbers(WARPS, x)
     return launch(
-        partial(_all_reduce, count, table.shape[-1] // 2 - 1), [rows, table.reshape(-1)],
+        partial(_all_reduce, count, _senders(table)), [rows, table.reshape(-1)],
         jax.ShapeDtypeStruct(rows.shape, x.dtype),
         grid=(_pieces(x),), tiles=Tiles(count, 1, WARPS, 1), interpret=False,
     ).reshape(x.shape)  # fmt: skip
@@ -141,14 +146,20 @@ def all_reduce_norm(x: Array, residual: Array, weight: Array, eps: float, table:
     As `all_reduce`, an addition and `rms_norm` (engine.models.layers), rounded where they are, in one kernel.
     x: as `Link.supports_norm` says.
     """
+    assert Link(table).supports_norm(x), (x.shape, x.dtype)
     warps = _warps_of_row(x)
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     count = _numbers(warps, x)
     return launch(
-        partial(_all_reduce_norm, count, table.shape[-1] // 2 - 1, eps),
+        partial(_all_reduce_norm, count, _senders(table), eps),
         [x, table.reshape(-1), residual, weight], (out, out),
         grid=(x.shape[0],), tiles=Tiles(count, 1, warps, 1), interpret=False,
     )  # fmt: skip
+
+
+def _senders(table: Array) -> int:
+    """-> how many devices write to each, itself included."""
+    return table.shape[-1] // 2 - 1
 
 
 def _numbers(warps: int, x: Array) -> int:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.cuda import grouped as cuda
+from kernels.cuda import product
 from kernels.product import reference
 from kernels.quantized import QuantizedTensor
 
@@ -26,15 +27,20 @@ def grouped_dot(x: Array, weight: Array | QuantizedTensor, sizes: Array, largest
     """Multiply sorted rows by their groups' matrices: x [R, D], weight [E, D, *F], sizes [E] i32 -> [R, *F], x's dtype.
 
     The first sizes[0] rows belong to group 0, and so on; what comes back for rows behind the last group is undefined.
-    `largest`: the most rows that a group can have. A row's result does not depend on the other rows. A quantized
-    weight is unpacked group by group, wherever it is.
+    `largest`: the most rows that a group can have. A row's result does not depend on the other rows. NVIDIA GPUs
+    unpack a quantized weight as they multiply, others group by group.
     """
     block = block_rows(x.shape[0], sizes.shape[0], largest)
     if isinstance(weight, QuantizedTensor):
         groups, *outputs = weight.outputs
         flat = jax.tree.map(lambda part: part.reshape(groups, -1, part.shape[-1]), weight)
-        multiply = lambda rows, member: reference(rows, jax.tree.map(lambda part: part[member], flat), x.dtype)
-        return looped(x, multiply, math.prod(outputs), sizes, block).reshape(-1, *outputs)
+
+        def each(x: Array, weight: QuantizedTensor, sizes: Array) -> Array:
+            multiply = lambda rows, member: reference(rows, jax.tree.map(lambda part: part[member], weight), x.dtype)
+            return looped(x, multiply, math.prod(outputs), sizes, block)
+
+        on_cuda = product.grouped_product if product.has_groups(flat) else each
+        return jax.lax.platform_dependent(x, flat, sizes, cuda=on_cuda, default=each).reshape(-1, *outputs)
     outputs = weight.shape[2:]
     loop = lambda x, weight, sizes: looped(x, lambda rows, member: rows @ weight[member], weight.shape[2], sizes, block)
     flat = weight.reshape(*weight.shape[:2], -1)

@@ -13,7 +13,7 @@ from machine import seconds
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernels.product import reference
-from kernels.quantized import Layout, QuantizedTensor, quantize
+from kernels.quantized import Layout, QuantizedTensor, quantize, split_of
 
 LLAMA_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # qkv, out, gate and up, down: [N, K]
 LAYOUTS = {
@@ -41,7 +41,7 @@ def random_weight(name: str, N: int, K: int) -> QuantizedTensor:
     half = lambda i, *shape: jax.random.uniform(jax.random.key(i), shape, minval=1e-3, maxval=2e-3).astype(jnp.float16)
     values = bits(2, N, K // 2)
     if name == "mxfp4":
-        return QuantizedTensor(Layout(name, 32, split=128), values, bits(3, N, K // 32) // 16 + 112)
+        return QuantizedTensor(Layout(name, 32, split=split_of(K)), values, bits(3, N, K // 32) // 16 + 104)
     supers = half(4, N, K // 256)
     if name == "q4_k":
         minima = {"minima": bits(5, N, K // 32) // 4, "super_minima": half(6, N, K // 256)}

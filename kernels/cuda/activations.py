@@ -34,8 +34,8 @@ def narrow(x: Array, group: int, *, interpret: bool = False) -> tuple[Array, Arr
     def kernel(x: Any, values: Any, scales: Any) -> None:
         program = Program.here(tile, T, K)
         value, scale = narrowed(program.load_x(x, program.columns))
-        row = jnp.where(program.rows < T, program.rows, T)  # past the end, where the interpreter drops what is written
         keep = program.rows < T
+        row = jnp.where(keep, program.rows, T)  # past the end, where the interpreter drops what is written
         mask = jnp.broadcast_to(keep[:, None], value.shape)
         plgpu.store(view(values, row, program.columns), value, mask=mask)
         plgpu.store(scales.at[jnp.broadcast_to(program.column, row.shape), row], scale, mask=keep)

@@ -38,28 +38,71 @@ class Tile(NamedTuple):
         return (self.columns, self.rows) if self.swapped else (self.rows, self.columns)
 
 
+class Groups(NamedTuple):
+    """Rows of x that are sorted by group, each of which has outputs of its own: so many rows of the weight."""
+
+    blocks: Array  # [3, B] i32: of each program's rows their group, the first, and how many; of none 0
+    number: int
+
+    def outputs(self, weight: Array) -> int:
+        """-> how many rows of the weight each group has."""
+        return weight.shape[0] // self.number
+
+
 class Program(NamedTuple):
-    """The part of one program: its rows and columns [rows], [columns], the last repeated past the end."""
+    """The part of one program: its rows and columns of the result, and where those of the weight begin."""
 
     tile: Tile
-    rows: Array
-    columns: Array
+    rows: Array  # [rows]
+    count: Array | None  # how many of the rows there are; None: all
+    columns: Array  # [columns], the last repeated past the end
+    group: Array | None  # of the rows; None: all share the weight
     split: Array
-    row_end: int
     column: Array  # number of its tile
+    width: int  # columns of the result
 
     @staticmethod
-    def here(tile: Tile, rows: int, columns: int) -> Program:
+    def here(tile: Tile, rows: int, columns: int, blocks: Any = None) -> Program:
+        """The one that runs, of a result [rows, columns]. blocks: a ref of those of `Groups`."""
         row, column, split = (pl.program_id(axis) for axis in range(3))
-        at = row * tile.rows + jnp.arange(tile.rows, dtype=jnp.int32)
-        across = column * tile.columns + jnp.arange(tile.columns, dtype=jnp.int32)
-        return Program(tile, at, jnp.minimum(across, columns - 1), split, rows, column)
+        member = jnp.arange(tile.rows, dtype=jnp.int32)
+        if blocks is None:
+            group, start = None, row * tile.rows
+            count = None if rows % tile.rows == 0 else rows - start
+        else:
+            group, start, count = (blocks[i, row] for i in range(3))
+        across = jnp.minimum(column * tile.columns + jnp.arange(tile.columns, dtype=jnp.int32), columns - 1)
+        return Program(tile, start + member, count, across, group, split, column, columns)
+
+    @property
+    def used(self) -> Array | None:
+        """-> which rows there are, [rows] bool; None: all."""
+        return None if self.count is None else jnp.arange(self.tile.rows, dtype=jnp.int32) < self.count
+
+    @property
+    def first(self) -> Array | int:
+        """-> the weight's row for column 0."""
+        return 0 if self.group is None else self.group * self.width
+
+    @property
+    def outputs(self) -> Array:
+        """-> the weight's rows for the columns, [columns]."""
+        return self.first + self.columns
+
+    def turns(self, count: int) -> Array | int:
+        """-> so many, or none for a program of no rows, which only groups have."""
+        return (
+            count
+            if self.group is None or self.count is None
+            else jnp.where(self.count > 0, jnp.int32(count), jnp.int32(0))
+        )
 
     def load_x(self, ref: Any, at: Array) -> Array:
-        """-> x's elements [rows, at], zeros in rows past the end: those cost no memory traffic."""
-        if self.row_end % self.tile.rows == 0:
+        """-> x's elements [rows, at], zeros in rows that are not there: those cost no memory traffic."""
+        used = self.used
+        if used is None:
             return plgpu.load(view(ref, self.rows, at))
-        mask = jnp.broadcast_to(self.rows[:, None] < self.row_end, (self.tile.rows, at.shape[0]))
+        mask = jnp.broadcast_to(used[:, None], (self.tile.rows, at.shape[0]))
         zero = 0 if jnp.issubdtype(ref.dtype, jnp.integer) else 0.0
         return plgpu.load(view(ref, self.rows, at), mask=mask, other=zero)
 
@@ -76,12 +119,14 @@ class Program(NamedTuple):
     def by_column(self, x: Array) -> Array:
         return x[:, None] if self.tile.swapped else x[None, :]
 
-    def store(self, ref: Any, total: Array, columns: int) -> None:
-        """Write the result to ref [splits, M, N]. Writes past the end go nowhere."""
+    def store(self, ref: Any, total: Array) -> None:
+        """Write the result to ref [splits, M, N]. What is not there goes nowhere."""
         across = self.column * self.tile.columns + jnp.arange(self.tile.columns, dtype=jnp.int32)
         row, column = (jnp.broadcast_to(x, total.shape) for x in (self.by_row(self.rows), self.by_column(across)))
-        keep = (row < self.row_end) & (column < columns)
-        row = jnp.where(keep, row, self.row_end)  # an index past the end, where the interpreter drops what is written
+        keep, used = column < self.width, self.used
+        if used is not None:
+            keep &= jnp.broadcast_to(self.by_row(used), total.shape)
+        row = jnp.where(keep, row, ref.shape[1])  # an index past the end, where the interpreter drops what is written
         plgpu.store(ref.at[self.split, row, column], total.astype(ref.dtype), mask=keep)
 
 
@@ -98,16 +143,23 @@ def launch_product(
     dtype: jnp.dtype,
     tile: Tile,
     interpret: bool,
+    groups: Groups | None = None,
 ) -> Array:
-    """Run a kernel for every tile of a result [M, N], whose ref is [splits, M, N] -> [M, N] in `dtype`.
+    """Run kernel(program, *refs) for every tile of a result [M, N], whose ref is [splits, M, N] -> [M, N] in `dtype`.
 
     Programs that share columns come together, so that a weight is read once. XLA adds up splits, which are float32.
     """
     rows, columns = shape
-    grid = (pl.cdiv(rows, tile.rows), pl.cdiv(columns, tile.columns), tile.splits)
+    blocks = [] if groups is None else [groups.blocks]
+    down = pl.cdiv(rows, tile.rows) if groups is None else groups.blocks.shape[1]
+
+    def run(*refs: Any) -> None:
+        kernel(Program.here(tile, rows, columns, *refs[: len(blocks)]), *refs[len(blocks) :])
+
     out = jax.ShapeDtypeStruct((tile.splits, *shape), dtype if tile.splits == 1 else jnp.float32)
     tiles = Tiles(tile.rows, tile.depth, tile.warps, tile.stages)
-    y = launch(kernel, inputs, out, grid=grid, tiles=tiles, interpret=interpret)
+    grid = (down, pl.cdiv(columns, tile.columns), tile.splits)
+    y = launch(run, [*blocks, *inputs], out, grid=grid, tiles=tiles, interpret=interpret)
     return summed(y, dtype)
 
 

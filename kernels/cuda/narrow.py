@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.cuda.activations import narrowed
-from kernels.cuda.matrix import Program, Tile, launch_product, view
+from kernels.cuda.matrix import Groups, Program, Tile, launch_product, view
 
 
 def narrow_product(
@@ -24,6 +24,7 @@ def narrow_product(
     dtype: jnp.dtype,
     *,
     tile: Tile,
+    groups: Groups | None = None,
     interpret: bool = False,
 ) -> Array:
     """x [M, K], weight [N, K] float8_e4m3fn or int8, scales [N / r, K / g] f32 -> [M, N] in `dtype`.
@@ -31,18 +32,18 @@ def narrow_product(
     x is as narrow as the weight, with x_scales [K / g, M] f32; or it is wide, x_scales is None, and each program makes
     it FP8 by groups of g inputs as it goes, which spares a few rows a kernel of their own. K is a whole number of
     turns, of tile.depth inputs, times splits. One of r and tile.columns divides the other, and so do tile.depth and g.
+    groups: x's rows have outputs of their own, N of a weight [groups * N, K].
     """
-    (M, K), N = x.shape, weight.shape[0]
-    group, together = K // scales.shape[1], N // scales.shape[0]
+    (M, K), N = x.shape, groups.outputs(weight) if groups else weight.shape[0]
+    group, together = K // scales.shape[1], weight.shape[0] // scales.shape[0]
     depth = min(tile.depth, group)  # of one product
     parts = tile.depth // depth  # products of a turn
     turns = K // (depth * parts * tile.splits)
     assert turns * depth * parts * tile.splits == K and group % depth == 0, (K, group, tile)
     assert x_scales is not None or (depth == group and weight.dtype == jnp.float8_e4m3fn), (group, tile)
 
-    def kernel(x: Any, *refs: Any) -> None:
+    def kernel(program: Program, x: Any, *refs: Any) -> None:
         *given, weight, scales, out = refs
-        program = Program.here(tile, M, N)
         first = program.split * turns * parts
 
         def scales_of(part: Array) -> tuple[Array | None, Array]:
@@ -51,9 +52,9 @@ def narrow_product(
             row = jnp.minimum(program.rows, M - 1)
             of_x = plgpu.load(given[0].at[jnp.broadcast_to(index, row.shape), row]) if given else None
             if together % tile.columns == 0:
-                block = scales.at[program.column * tile.columns // together, index]
+                block = scales.at[(program.first + program.column * tile.columns) // together, index]
                 return of_x, plgpu.load(block).astype(jnp.float32)
-            row = program.columns // together
+            row = program.outputs // together
             return of_x, plgpu.load(scales.at[row, jnp.broadcast_to(index, row.shape)]).astype(jnp.float32)
 
         def multiply(part: Array, of_x: Array | None, of_weight: Array) -> Array:
@@ -61,7 +62,7 @@ def narrow_product(
             a = program.load_x(x, at)
             if of_x is None:
                 a, of_x = narrowed(a)
-            b = plgpu.load(view(weight, program.columns, at))
+            b = plgpu.load(view(weight, program.outputs, at))
             if of_weight.ndim == 0:
                 factor = program.by_row(of_x * of_weight)
             else:
@@ -79,8 +80,8 @@ def narrow_product(
             return total, following
 
         start = jnp.zeros(tile.shape, jnp.float32), scales_of_turn(jnp.int32(0))
-        total, _ = lax.fori_loop(0, turns, turn, start)
-        program.store(out, total, N)
+        total, _ = lax.fori_loop(0, program.turns(turns), turn, start)
+        program.store(out, total)
 
     inputs = [x, *([] if x_scales is None else [x_scales]), weight, scales]
-    return launch_product(kernel, inputs, (M, N), dtype, tile, interpret)
+    return launch_product(kernel, inputs, (M, N), dtype, tile, interpret, groups)

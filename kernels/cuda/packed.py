@@ -1,7 +1,8 @@
 """Products of wide activations with weights of 4, 6 or 8 bits that are unpacked in registers, in Triton.
 
-Numbers that share a scale with all that is multiplied at a time stay whole numbers, and their product is scaled; of
-smaller groups each number is. Either way the weight reaches the tensor cores in x's dtype, and sums are float32.
+The weight reaches the tensor cores in x's dtype, and sums are float32. For few tokens it does as whole numbers: inputs
+that share a scale are multiplied at a time, and their product is scaled. For many each number is scaled before, unless
+all that is multiplied at a time shares a scale.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.cuda.matrix import Program, Tile, launch_product, view
+from kernels.cuda.matrix import Groups, Program, Tile, launch_product, view
 from kernels.quantized import SUPER, Layout, QuantizedTensor
 
 ARRAYS = ("values", "scales", "zeros", "minima", "high", "super_scales", "super_minima")  # of a QuantizedTensor
 LEAST = 16  # inputs that a tensor core takes
+FEW = 32  # rows of a tile whose products are scaled, rather than the weight's numbers
 
 
 def supports(weight: QuantizedTensor) -> str | None:
@@ -34,44 +36,62 @@ def supports(weight: QuantizedTensor) -> str | None:
 
 
 def packed_product(
-    x: Array, weight: QuantizedTensor, dtype: jnp.dtype, *, tile: Tile, interpret: bool = False
+    x: Array,
+    weight: QuantizedTensor,
+    dtype: jnp.dtype,
+    *,
+    tile: Tile,
+    groups: Groups | None = None,
+    interpret: bool = False,
 ) -> Array:
-    """x [M, K], weight [N, K] -> [M, N] in `dtype`. A turn is tile.depth inputs of int8, twice `split` of others."""
+    """x [M, K], weight [N, K] -> [M, N] in `dtype`. A turn is tile.depth inputs of int8, twice `split` of others.
+
+    groups: x's rows have outputs of their own, N of a weight [groups * N, K].
+    """
     (M, K), layout = x.shape, weight.layout
-    N = weight.values.shape[0]
-    width = layout.split or min(tile.depth, K & -K)  # inputs of one product
-    turns = K // (layout.packing * width * tile.splits)
-    assert turns * layout.packing * width * tile.splits == K, (K, layout, tile)
+    N = groups.outputs(weight.values) if groups else weight.values.shape[0]
+    group = K // weight.scales.shape[1]
+    run = layout.split or min(tile.depth, K & -K)  # bytes whose inputs, or half of them, are neighbours
+    width = min(run, group) if group >= LEAST and tile.rows <= FEW else run  # inputs of one product
+    turns = K // (layout.packing * run * tile.splits)
+    assert turns * layout.packing * run * tile.splits == K, (K, layout, tile)
     present = [name for name in ARRAYS if getattr(weight, name) is not None]
 
-    def kernel(x: Any, *refs: Any) -> None:
+    def kernel(program: Program, x: Any, *refs: Any) -> None:
         *arrays, out = refs
-        program = Program.here(tile, M, N)
-        parts = Parts(layout, K, width, dict(zip(present, arrays, strict=True)), program.columns, x.dtype, interpret)
+        parts = Parts(layout, K, width, dict(zip(present, arrays, strict=True)), program.outputs, x.dtype, interpret)
 
-        starts = [(program.split * turns * layout.packing + half) * width for half in range(layout.packing)]
+        def pieces(turn: Array) -> list[tuple[int, int, Array]]:
+            """-> what is multiplied at a time: its first of the turn's bytes, which half of them, its first input."""
+            first = (program.split * turns + turn) * (layout.packing * run)
+            return [(i, half, first + half * run + i) for i in range(0, run, width) for half in range(layout.packing)]
 
-        def shared(i: Array) -> list[Any]:
-            """-> for each half of a turn, its scales and zeros if all its inputs share them."""
-            return [parts.shared(start + jnp.minimum(i, turns - 1) * (layout.packing * width)) for start in starts]
+        def shared(turn: Array) -> list[Any]:
+            """-> for each piece of a turn, what all its inputs share."""
+            return [parts.shared(begin) for _, _, begin in pieces(jnp.minimum(turn, turns - 1))]
 
-        def turn(i: Array, carry: Any) -> Any:
+        def multiply(turn: Array, carry: Any) -> Any:
             total, now = carry
-            following = shared(i + 1)  # a turn early: nothing waits for them
-            at = (program.split * turns + i) * width + jnp.arange(width, dtype=jnp.int32)
-            values = plgpu.load(view(parts.refs["values"], program.columns, at))
-            for half, start in enumerate(starts):
-                begin = start + i * (layout.packing * width)
+            following = shared(turn + 1)  # a turn early: nothing waits for them
+            byte = (program.split * turns + turn) * run
+            for (i, half, begin), (scale, zero, minimum) in zip(pieces(turn), now, strict=True):
+                if half == 0:
+                    at = byte + i + jnp.arange(width, dtype=jnp.int32)
+                    values = plgpu.load(view(parts.refs["values"], program.outputs, at))
                 a = program.load_x(x, begin + jnp.arange(width, dtype=jnp.int32))
-                part = program.dot(a, parts.numbers(values, begin, half, now[half]))
-                total += part * program.by_column(now[half][0]) if parts.whole else part
+                part = program.dot(a, parts.numbers(values, begin, half, zero))
+                total += part if scale is None else part * program.by_column(scale)
+                if minimum is not None:
+                    sums = program.dot(a, jnp.ones((tile.columns, width), a.dtype))
+                    total += sums * program.by_column(minimum)
             return total, following
 
-        total, _ = lax.fori_loop(0, turns, turn, (jnp.zeros(tile.shape, jnp.float32), shared(jnp.int32(0))))
-        program.store(out, total, N)
+        start = jnp.zeros(tile.shape, jnp.float32), shared(jnp.int32(0))
+        total, _ = lax.fori_loop(0, program.turns(turns), multiply, start)
+        program.store(out, total)
 
     inputs = [x, *(getattr(weight, name) for name in present)]
-    return launch_product(kernel, inputs, (M, N), dtype, tile, interpret)
+    return launch_product(kernel, inputs, (M, N), dtype, tile, interpret, groups)
 
 
 class Parts(NamedTuple):
@@ -92,98 +112,155 @@ class Parts(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether numbers are whole ones, whose products are to be scaled."""
-        plain = self.layout.format in ("int8", "fp8", "int4") and "minima" not in self.refs
-        return plain and self.group % self.width == 0
+        return self.group % self.width == 0
 
-    def shared(self, begin: Array) -> tuple[Array, ...]:
-        """-> scales, and zeros if there are any, that the inputs from `begin` on share: [columns] float32."""
-        return tuple(
-            self.each(name, begin, self.group) for name in ("scales", "zeros") if name in self.refs and self.whole
-        )
+    def shared(self, begin: Array) -> tuple[Array | None, Array | None, Array | None]:
+        """-> the scale, zero and minimum that the inputs from `begin` on share, [columns] float32, if there are any."""
+        if not self.whole:
+            return None, None, None
+        zero = self.entries("zeros", begin) if "zeros" in self.refs else None
+        return self.scale("scales", begin), zero, self.minima(begin) if "minima" in self.refs else None
 
-    def numbers(self, values: Array, begin: Array, half: int, shared: tuple[Array, ...]) -> Array:
+    def numbers(self, values: Array, begin: Array, half: int, zero: Array | None) -> Array:
         """values [columns, width], of which half 0 or 1 holds the inputs from `begin` on -> the same in x's dtype."""
         layout, refs = self.layout, self.refs
         if layout.packing == 1:
             numbers = values
         elif layout.format == "mxfp4":
-            numbers = e2m1(values, half)
+            numbers = e2m1(values, half, self.interpret)
+        elif layout.format == "q6_k":
+            numbers = nibbles(values, half, 32, self.interpret, *self.high_bits(begin))
         else:
             symmetric = layout.format == "int4" and "zeros" not in refs and "minima" not in refs
             numbers = nibbles(values, half, 8 if symmetric else 0, self.interpret)
         if self.whole:
             numbers = numbers.astype(self.dtype)
-            return numbers - shared[1][:, None].astype(self.dtype) if len(shared) > 1 else numbers
+            return numbers if zero is None else numbers - zero[:, None].astype(self.dtype)
         numbers = numbers.astype(jnp.float32)
-        if layout.format == "q6_k":
-            numbers += self.high_bits(begin) - 32.0
         if "zeros" in refs:
-            numbers -= self.spread("zeros", begin, self.group)
-        numbers *= self.scale("scales", "super_scales", begin)
+            numbers -= self.entries("zeros", begin)
+        numbers *= self.scale("scales", begin)
         if "minima" in refs:
-            minima = self.scale("minima", "super_minima", begin)
-            numbers = numbers - minima if layout.format == "q4_k" else numbers + minima
+            numbers += self.minima(begin)
         return numbers.astype(self.dtype)
 
     def row(self, name: str) -> Array:
-        return self.columns // self.layout.rows if name == "scales" else self.columns
+        return lax.div(self.columns, jnp.int32(self.layout.rows)) if name == "scales" else self.columns
 
-    def each(self, name: str, begin: Array, group: int) -> Array:
-        """-> the entry of an array's that covers the input `begin`: [columns] float32."""
-        row = self.row(name)
-        return plgpu.load(self.refs[name].at[row, jnp.broadcast_to(begin // group, row.shape)]).astype(jnp.float32)
+    def entries(self, name: str, begin: Array, group: int | None = None) -> Array:
+        """-> an array's entries for the inputs from `begin` on, of which `group` share one.
 
-    def spread(self, name: str, begin: Array, group: int) -> Array:
-        """-> an array's entries for the inputs from `begin` on: [columns, width or 1] float32."""
-        if group % self.width == 0:
-            return self.each(name, begin, group)[:, None]
-        index = begin // group + jnp.arange(self.width // group, dtype=jnp.int32)
-        entries = plgpu.load(view(self.refs[name], self.row(name), index))
+        float32 [columns] if that is one entry for all `width` inputs, else [columns, width].
+        """
+        group = group or self.group
+        row, first = self.row(name), lax.div(begin, jnp.int32(group))
+        if group >= self.width:
+            at = self.refs[name].at[row, jnp.broadcast_to(first, row.shape)]
+        else:
+            at = view(self.refs[name], row, first + jnp.arange(self.width // group, dtype=jnp.int32))
+        entries = plgpu.load(at)
         if name == "scales" and self.layout.format == "mxfp4":
             entries = lax.bitcast_convert_type(entries.astype(jnp.int32) << 23, jnp.float32)  # 2 ** (entry - 127)
-        shape = (*entries.shape, group)
-        return lax.broadcast_in_dim(entries.astype(jnp.float32), shape, (0, 1)).reshape(entries.shape[0], self.width)
+        entries = entries.astype(jnp.float32)
+        if group >= self.width:
+            return entries
+        return lax.broadcast_in_dim(entries, (*entries.shape, group), (0, 1)).reshape(entries.shape[0], self.width)
 
-    def scale(self, name: str, over: str, begin: Array) -> Array:
-        """As `spread`, times the entry of the superblock if the format has some."""
-        entries = self.spread(name, begin, self.group)
-        return entries * self.each(over, begin, SUPER)[:, None] if over in self.refs else entries
+    def scale(self, name: str, begin: Array) -> Array:
+        """As `entries`, times the entry of the superblock if the format has some."""
+        entries = self.entries(name, begin)
+        if f"super_{name}" not in self.refs:
+            return entries
+        factor = self.entries(f"super_{name}", begin, SUPER)
+        return entries * (factor[:, None] if entries.ndim > 1 else factor)
 
-    def high_bits(self, begin: Array) -> Array:
-        """-> 16 times bits 4 and 5 of q6_k's inputs from `begin` on: [columns, width] float32."""
-        input = begin + jnp.arange(self.width, dtype=jnp.int32)
+    def minima(self, begin: Array) -> Array:
+        """-> what is added to scaled numbers."""
+        minima = self.scale("minima", begin)
+        return -minima if self.layout.format == "q4_k" else minima
+
+    def high_bits(self, begin: Array) -> tuple[Array, Array]:
+        """-> bytes that hold bits 4 and 5 of q6_k's inputs from `begin` on, and where: uint8, i32 [columns, width]."""
         quarter = self.layout.split // 2
-        byte = input // (4 * quarter) * quarter + input % quarter
-        high = plgpu.load(view(self.refs["high"], self.columns, byte)).astype(jnp.int32)
-        return (((high >> (input // quarter % 4 * 2)[None, :]) & 3) << 4).astype(jnp.float32)
+        whole = quarter % self.width == 0
+        input = begin + (jnp.int32(0) if whole else jnp.arange(self.width, dtype=jnp.int32))
+        byte = lax.div(input, 4 * quarter) * quarter + lax.rem(input, quarter)
+        if whole:
+            byte = byte + jnp.arange(self.width, dtype=jnp.int32)
+        high = plgpu.load(view(self.refs["high"], self.columns, byte))
+        return high, jnp.broadcast_to(lax.rem(lax.div(input, quarter), 4) * 2, high.shape)
 
 
-def nibbles(packed: Array, half: int, less: int, interpret: bool) -> Array:
+def nibbles(
+    packed: Array, half: int, less: int, interpret: bool, high: Array | None = None, shift: Array | None = None
+) -> Array:
     """packed uint8 [R, C] -> its low or high four bits, minus `less`, in bfloat16 [R, C].
 
-    As bfloat16 0x43 and a byte below 128 are 128 and more: so four bits are numbers after one subtraction.
+    high uint8 [R, C]: two bits of it, from shift [R, C] i32 on, come above the four; neighbours have one shift.
+    As bfloat16 0x43 and a byte below 128 are 128 and more: so bits are numbers after one subtraction.
     """
     if interpret:
-        return ((packed >> jnp.uint8(4 * half) & jnp.uint8(15)).astype(jnp.int32) - less).astype(jnp.bfloat16)
+        numbers = (packed >> jnp.uint8(4 * half) & jnp.uint8(15)).astype(jnp.int32)
+        if high is not None:
+            numbers |= (high.astype(jnp.int32) >> shift & 3) << 4
+        return (numbers - less).astype(jnp.bfloat16)
     minus = (0x4300 + less) * 0x10001
+    more = (
+        ""
+        if high is None
+        else """
+        shr.b32 two, $3, $4;
+        and.b32 two, two, 0x03030303;
+        shl.b32 two, two, 4;
+        or.b32 bits, bits, two;"""
+    )
     asm = f"""{{
-        .reg .b32 four, two, less;
+        .reg .b32 bits, two, less;
         mov.b32 less, {minus:#x};
-        shr.b32 four, $2, {4 * half};
-        and.b32 four, four, 0x0F0F0F0F;
-        prmt.b32 two, four, 0x43, 0x4140;
+        shr.b32 bits, $2, {4 * half};
+        and.b32 bits, bits, 0x0F0F0F0F;{more}
+        prmt.b32 two, bits, 0x43, 0x4140;
         sub.rn.bf16x2 $0, two, less;
-        prmt.b32 two, four, 0x43, 0x4342;
+        prmt.b32 two, bits, 0x43, 0x4342;
         sub.rn.bf16x2 $1, two, less;
     }}"""
-    out = jax.ShapeDtypeStruct(packed.shape, jnp.bfloat16)
-    inputs, outputs = [packed], [out]
-    return plgpu.elementwise_inline_asm(asm, args=inputs, constraints="=r,=r,r", pack=4, result_shape_dtypes=outputs)[0]
+    given = [packed] if high is None else [packed, high, shift]
+    return _pairs(asm, given, "r" if high is None else "r,r,r,r,r,r")
 
 
-def e2m1(packed: Array, half: int) -> Array:
-    """packed uint8 [R, C] -> its low or high four bits as E2M1 numbers, float32 (OCP Microscaling 1.0, 5.3.3)."""
-    bits = packed.astype(jnp.int32) >> (4 * half)
-    exponent, mantissa = bits >> 1 & 3, bits & 1
-    twice = jnp.where(exponent == 0, mantissa, (2 + mantissa) << jnp.maximum(exponent - 1, 0))
-    return jnp.where(bits & 8 == 0, 0.5, -0.5) * twice.astype(jnp.float32)
+def e2m1(packed: Array, half: int, interpret: bool) -> Array:
+    """packed uint8 [R, C] -> its low or high four bits as E2M1 numbers, bfloat16 (OCP Microscaling 1.0, 5.3.3).
+
+    Exponent and mantissa at bfloat16's lowest bits of exponent are the number over 2 ** 126, subnormal ones included.
+    """
+    if interpret:
+        bits = packed.astype(jnp.int32) >> (4 * half)
+        exponent, mantissa = bits >> 1 & 3, bits & 1
+        twice = jnp.where(exponent == 0, mantissa, (2 + mantissa) << jnp.maximum(exponent - 1, 0))
+        return (jnp.where(bits & 8 == 0, 0.5, -0.5) * twice.astype(jnp.float32)).astype(jnp.bfloat16)
+    each = "".join(
+        f"""
+        prmt.b32 bits, four, 0, {selected};
+        shl.b32 sign, bits, 12;
+        and.b32 sign, sign, 0x80008000;
+        shl.b32 bits, bits, 6;
+        and.b32 bits, bits, 0x01C001C0;
+        or.b32 bits, bits, sign;
+        fma.rn.bf16x2 ${i}, bits, large, zero;"""
+        for i, selected in enumerate(("0x4140", "0x4342"))
+    )
+    asm = f"""{{
+        .reg .b32 four, bits, sign, large, zero;
+        mov.b32 large, 0x7E807E80;
+        mov.b32 zero, 0x80008000;
+        shr.b32 four, $2, {4 * half};
+        and.b32 four, four, 0x0F0F0F0F;{each}
+    }}"""
+    return _pairs(asm, [packed], "r")
+
+
+def _pairs(asm: str, inputs: list[Any], constraints: str) -> Array:
+    """-> bfloat16 numbers like inputs[0], by PTX that makes two words of four of them."""
+    out = [jax.ShapeDtypeStruct(inputs[0].shape, jnp.bfloat16)]
+    constraints = f"=&r,=&r,{constraints}"
+    return plgpu.elementwise_inline_asm(asm, args=inputs, constraints=constraints, pack=4, result_shape_dtypes=out)[0]

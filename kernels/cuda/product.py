@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
 from kernels.cuda import hopper_narrow, hopper_packed, vector
 from kernels.cuda.activations import narrow
-from kernels.cuda.matrix import FEW_OUTPUTS, Tile
+from kernels.cuda.grouped import row_blocks
+from kernels.cuda.matrix import FEW_OUTPUTS, Groups, Tile
 from kernels.cuda.narrow import narrow_product
 from kernels.cuda.packed import LEAST, packed_product, supports
 from kernels.quantized import QuantizedTensor, dequantize, quantize_activations
@@ -54,26 +56,31 @@ def default_plan(weight: QuantizedTensor, M: int) -> Plan:
     """
     kind, N, K = kind_of(weight), weight.values.shape[0], weight.inputs
     group = K // weight.scales.shape[1]
-    depth = min(DEPTH, K & -K)  # weights of 4 bits are cut in turns of their own
     if kind == PACKED and M <= THIN and N * K >= LARGE and hopper_packed.supports(weight) is None:
         tile = hopper_packed.default_tile(weight, M) if on_hopper() else None
         if tile:
             return Plan("hopper_packed", tile)
     if M == 1 and vector.supports(weight) is None and (kind != BLOCK or N <= FEW_OUTPUTS):
         return Plan("vector", Tile(1, 8, 1024, stages=1))
-    if kind is None or (kind == CHANNEL and (M > 16 or depth < LEAST)) or (kind == PACKED and M > 128):
+    if kind is None or (kind == CHANNEL and (M > 16 or K & -K < LEAST)) or (kind == PACKED and M > 128):
         return Plan("library")
     if kind == BLOCK and M > 16 and group == hopper_narrow.BLOCK and on_hopper():
         tile = hopper_narrow.default_tile(M, N, K)
         if hopper_narrow.supports(N, K, tile):
             return Plan("hopper", tile)
     splits = 4 if N <= FEW_OUTPUTS and K % (4 * 256) == 0 else 1
+    return Plan("triton", triton_tile(weight, M, splits))
+
+
+def triton_tile(weight: QuantizedTensor, M: int, splits: int = 1) -> Tile:
+    """-> Triton's for M tokens where nothing was tuned."""
+    depth = min(DEPTH, weight.inputs & -weight.inputs)
     rows = max(16, min(128, 1 << (M - 1).bit_length()))
-    if M > THIN:
-        return Plan(
-            "triton", Tile(rows, 64, depth, warps=8, stages=2) if kind == PACKED else Tile(rows, 128, depth, 1, 8, 3)
-        )
-    return Plan("triton", Tile(rows, 64, depth, splits, stages=5 if rows == 16 else 4))
+    if M <= THIN:
+        return Tile(rows, 64, depth, splits, stages=5 if rows == 16 else 4)
+    if kind_of(weight) == PACKED:
+        return Tile(rows, 64, depth, warps=8, stages=2)
+    return Tile(rows, 128, depth, 1, 8, 3)
 
 
 def dtype_name(weight: QuantizedTensor) -> str:
@@ -113,6 +120,23 @@ def matrix_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array
     return multiply(x, weight, dtype, plan)
 
 
+def has_groups(weight: QuantizedTensor) -> bool:
+    """-> whether `grouped_product` takes a weight [E, N, K]."""
+    kind = kind_of(weight)
+    return kind in (PACKED, BLOCK) or (kind == CHANNEL and weight.inputs & -weight.inputs >= LEAST)
+
+
+def grouped_product(
+    x: Array, weight: QuantizedTensor, sizes: Array, *, tile: Tile | None = None, interpret: bool = False
+) -> Array:
+    """As kernels.grouped.grouped_dot: x [R, K] sorted by group, weight [E, N, K], sizes [E] i32 -> [R, N]."""
+    R, E = x.shape[0], sizes.shape[0]
+    flat: QuantizedTensor = jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), weight)
+    tile = tile or triton_tile(flat, pl.cdiv(R, E))
+    groups = Groups(row_blocks(sizes, R, tile.rows), E)
+    return multiply(x, flat, x.dtype, Plan("triton", tile), groups=groups, interpret=interpret)
+
+
 def may_be_hoppers(tile: Tile, weight: QuantizedTensor, dtype: jnp.dtype) -> bool:
     """-> whether Hopper's kernel takes a product, whatever a file says: it writes numbers of 16 bits."""
     return hopper_narrow.supports(weight.values.shape[0], weight.inputs, tile) and jnp.dtype(dtype).itemsize == 2
@@ -129,10 +153,11 @@ def multiply(
     dtype: jnp.dtype,
     plan: Plan,
     *,
+    groups: Groups | None = None,
     interpret: bool = False,
     multiprocessors: int | None = None,
 ) -> Array:
-    """x [M, K], weight [N, K] -> [M, N] in `dtype`, as the plan says."""
+    """x [M, K], weight [N, K] -> [M, N] in `dtype`, as the plan says. Triton's kernel alone takes groups."""
     layout, kernel, tile = weight.layout, plan.kernel, plan.tile
     processors: Any = multiprocessors or (kernel.startswith("hopper") and jax.local_devices()[0].core_count)  # type: ignore[attr-defined]
     if kernel == "vector":
@@ -142,7 +167,7 @@ def multiply(
     if kernel == "library" or kind_of(weight) is None:
         return library_product(x, weight, dtype)
     if layout.activations == "none":
-        return packed_product(x, weight, dtype, tile=tile, interpret=interpret)
+        return packed_product(x, weight, dtype, tile=tile, groups=groups, interpret=interpret)
     if kernel == "inside":
         return narrow_product(x, None, weight.values, weight.scales, dtype, tile=tile, interpret=interpret)
     if layout.activations == "token":
@@ -155,7 +180,9 @@ def multiply(
             values, scales, weight.values, weight.scales.astype(jnp.float32), jnp.dtype(dtype),
             tile=tile, multiprocessors=processors,
         )  # fmt: skip
-    return narrow_product(values, scales, weight.values, weight.scales, dtype, tile=tile, interpret=interpret)
+    return narrow_product(
+        values, scales, weight.values, weight.scales, dtype, tile=tile, groups=groups, interpret=interpret
+    )
 
 
 def library_product(x: Array, weight: QuantizedTensor, dtype: jnp.dtype) -> Array:

@@ -1,8 +1,7 @@
 """Products of wide activations with weights of 4, 6 or 8 bits that are unpacked in registers, in Triton.
 
-The weight reaches the tensor cores in x's dtype, and sums are float32. For few tokens it does as whole numbers: inputs
-that share a scale are multiplied at a time, and their product is scaled. For many each number is scaled before, unless
-all that is multiplied at a time shares a scale.
+Numbers that share a scale with all that is multiplied at a time stay whole numbers, and their product is scaled; of
+smaller groups each number is. Either way the weight reaches the tensor cores in x's dtype, and sums are float32.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from kernels.quantized import SUPER, Layout, QuantizedTensor
 
 ARRAYS = ("values", "scales", "zeros", "minima", "high", "super_scales", "super_minima")  # of a QuantizedTensor
 LEAST = 16  # inputs that a tensor core takes
-FEW = 32  # rows of a tile whose products are scaled, rather than the weight's numbers
 
 
 def supports(weight: QuantizedTensor) -> str | None:
@@ -50,40 +48,31 @@ def packed_product(
     """
     (M, K), layout = x.shape, weight.layout
     N = groups.outputs(weight.values) if groups else weight.values.shape[0]
-    group = K // weight.scales.shape[1]
-    run = layout.split or min(tile.depth, K & -K)  # bytes whose inputs, or half of them, are neighbours
-    width = min(run, group) if group >= LEAST and tile.rows <= FEW else run  # inputs of one product
-    turns = K // (layout.packing * run * tile.splits)
-    assert turns * layout.packing * run * tile.splits == K, (K, layout, tile)
+    width = layout.split or min(tile.depth, K & -K)  # inputs of one product
+    turns = K // (layout.packing * width * tile.splits)
+    assert turns * layout.packing * width * tile.splits == K, (K, layout, tile)
     present = [name for name in ARRAYS if getattr(weight, name) is not None]
 
     def kernel(program: Program, x: Any, *refs: Any) -> None:
         *arrays, out = refs
         parts = Parts(layout, K, width, dict(zip(present, arrays, strict=True)), program.outputs, x.dtype, interpret)
 
-        def pieces(turn: Array) -> list[tuple[int, int, Array]]:
-            """-> what is multiplied at a time: its first of the turn's bytes, which half of them, its first input."""
-            first = (program.split * turns + turn) * (layout.packing * run)
-            return [(i, half, first + half * run + i) for i in range(0, run, width) for half in range(layout.packing)]
+        starts = [(program.split * turns * layout.packing + half) * width for half in range(layout.packing)]
 
         def shared(turn: Array) -> list[Any]:
-            """-> for each piece of a turn, what all its inputs share."""
-            return [parts.shared(begin) for _, _, begin in pieces(jnp.minimum(turn, turns - 1))]
+            """-> for each half of a turn, what all its inputs share."""
+            return [parts.shared(start + jnp.minimum(turn, turns - 1) * (layout.packing * width)) for start in starts]
 
         def multiply(turn: Array, carry: Any) -> Any:
             total, now = carry
             following = shared(turn + 1)  # a turn early: nothing waits for them
-            byte = (program.split * turns + turn) * run
-            for (i, half, begin), (scale, zero, minimum) in zip(pieces(turn), now, strict=True):
-                if half == 0:
-                    at = byte + i + jnp.arange(width, dtype=jnp.int32)
-                    values = plgpu.load(view(parts.refs["values"], program.outputs, at))
+            at = (program.split * turns + turn) * width + jnp.arange(width, dtype=jnp.int32)
+            values = plgpu.load(view(parts.refs["values"], program.outputs, at))
+            for half, start in enumerate(starts):
+                begin, (scale, zero) = start + turn * (layout.packing * width), now[half]
                 a = program.load_x(x, begin + jnp.arange(width, dtype=jnp.int32))
                 part = program.dot(a, parts.numbers(values, begin, half, zero))
                 total += part if scale is None else part * program.by_column(scale)
-                if minimum is not None:
-                    sums = program.dot(a, jnp.ones((tile.columns, width), a.dtype))
-                    total += sums * program.by_column(minimum)
             return total, following
 
         start = jnp.zeros(tile.shape, jnp.float32), shared(jnp.int32(0))
@@ -112,14 +101,13 @@ class Parts(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether numbers are whole ones, whose products are to be scaled."""
-        return self.group % self.width == 0
+        return self.group % self.width == 0 and "minima" not in self.refs
 
-    def shared(self, begin: Array) -> tuple[Array | None, Array | None, Array | None]:
-        """-> the scale, zero and minimum that the inputs from `begin` on share, [columns] float32, if there are any."""
+    def shared(self, begin: Array) -> tuple[Array | None, Array | None]:
+        """-> the scale and the zero that the inputs from `begin` on share, [columns] float32, if there are any."""
         if not self.whole:
-            return None, None, None
-        zero = self.entries("zeros", begin) if "zeros" in self.refs else None
-        return self.scale("scales", begin), zero, self.minima(begin) if "minima" in self.refs else None
+            return None, None
+        return self.scale("scales", begin), self.entries("zeros", begin) if "zeros" in self.refs else None
 
     def numbers(self, values: Array, begin: Array, half: int, zero: Array | None) -> Array:
         """values [columns, width], of which half 0 or 1 holds the inputs from `begin` on -> the same in x's dtype."""
@@ -141,16 +129,17 @@ class Parts(NamedTuple):
             numbers -= self.entries("zeros", begin)
         numbers *= self.scale("scales", begin)
         if "minima" in refs:
-            numbers += self.minima(begin)
+            minima = self.scale("minima", begin)
+            numbers = numbers - minima if layout.format == "q4_k" else numbers + minima
         return numbers.astype(self.dtype)
 
     def row(self, name: str) -> Array:
         return lax.div(self.columns, jnp.int32(self.layout.rows)) if name == "scales" else self.columns
 
     def entries(self, name: str, begin: Array, group: int | None = None) -> Array:
-        """-> an array's entries for the inputs from `begin` on, of which `group` share one.
+        """-> an array's entries for the inputs from `begin` on, of which `group` share one: float32.
 
-        float32 [columns] if that is one entry for all `width` inputs, else [columns, width].
+        [columns] for whole numbers, which have one for all `width` inputs, else [columns, width] or [columns, 1].
         """
         group = group or self.group
         row, first = self.row(name), lax.div(begin, jnp.int32(group))
@@ -163,36 +152,25 @@ class Parts(NamedTuple):
             entries = lax.bitcast_convert_type(entries.astype(jnp.int32) << 23, jnp.float32)  # 2 ** (entry - 127)
         entries = entries.astype(jnp.float32)
         if group >= self.width:
-            return entries
+            return entries if self.whole else entries[:, None]
         return lax.broadcast_in_dim(entries, (*entries.shape, group), (0, 1)).reshape(entries.shape[0], self.width)
 
     def scale(self, name: str, begin: Array) -> Array:
         """As `entries`, times the entry of the superblock if the format has some."""
         entries = self.entries(name, begin)
-        if f"super_{name}" not in self.refs:
-            return entries
-        factor = self.entries(f"super_{name}", begin, SUPER)
-        return entries * (factor[:, None] if entries.ndim > 1 else factor)
-
-    def minima(self, begin: Array) -> Array:
-        """-> what is added to scaled numbers."""
-        minima = self.scale("minima", begin)
-        return -minima if self.layout.format == "q4_k" else minima
+        return entries * self.entries(f"super_{name}", begin, SUPER) if f"super_{name}" in self.refs else entries
 
     def high_bits(self, begin: Array) -> tuple[Array, Array]:
         """-> bytes that hold bits 4 and 5 of q6_k's inputs from `begin` on, and where: uint8, i32 [columns, width]."""
         quarter = self.layout.split // 2
-        whole = quarter % self.width == 0
-        input = begin + (jnp.int32(0) if whole else jnp.arange(self.width, dtype=jnp.int32))
+        input = begin + jnp.arange(self.width, dtype=jnp.int32)
         byte = lax.div(input, 4 * quarter) * quarter + lax.rem(input, quarter)
-        if whole:
-            byte = byte + jnp.arange(self.width, dtype=jnp.int32)
         high = plgpu.load(view(self.refs["high"], self.columns, byte))
-        return high, jnp.broadcast_to(lax.rem(lax.div(input, quarter), 4) * 2, high.shape)
+        return high, jnp.broadcast_to(lax.rem(lax.div(input, quarter), 4)[None, :] * 2, high.shape)
 
 
 def nibbles(
-    packed: Array, half: int, less: int, interpret: bool, high: Array | None = None, shift: Array | None = None
+    packed: Array, half: int, less: int, interpret: bool, high: Array | None = None, shift: Any = None
 ) -> Array:
     """packed uint8 [R, C] -> its low or high four bits, minus `less`, in bfloat16 [R, C].
 

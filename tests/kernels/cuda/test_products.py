@@ -50,6 +50,13 @@ def test_a_product_is_the_references(name, tile):
     assert relative(got, reference(x, weight, float32)) < 3e-3
 
 
+def test_mxfp4_in_runs_as_short_as_its_groups_is_scaled():
+    weight, x = random_weight("mxfp4", N, K), tokens(5)
+    short = weight.replace(layout=replace(weight.layout, split=32))
+    got = multiply(x, short, float32, Plan("triton", Tile(16, 64, 64)), interpret=True)
+    assert relative(got, reference(x, short, float32)) < 3e-3
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("swapped", [False, True])
 def test_activations_that_programs_make_narrow_themselves_give_the_same(splits, swapped):
